@@ -1,0 +1,201 @@
+"""Every check of shape, dtype and range at the border, and the one form of message.
+
+A message names the argument, the rule, and what was found:
+``keys must have shape [n, head_dim], got (128,)``. Values and shapes raise ``ValueError``, types
+raise ``TypeError``.
+
+Arrays cross into the native code as numpy arrays without a copy of their data. numpy has no
+bfloat16, so 16-bit floats travel as ``uint16`` bits beside a ``Dtype`` that says how to read them.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+MAX_HEAD_DIM = 512
+
+
+class Dtype(enum.IntEnum):
+    """Element types of keys, values and queries; the numbers are those of the native code."""
+
+    float32 = 0
+    bfloat16 = 1
+    float16 = 2
+
+
+@dataclass(frozen=True)
+class FloatArray:
+    """A float array as the native code takes it: ``bits`` (float32 or uint16) and its ``dtype``."""
+
+    bits: NDArray[Any]
+    dtype: Dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.bits.shape
+
+    def to_float32(self) -> NDArray[np.float32]:
+        """Return the values as float32, exactly."""
+        if self.dtype is Dtype.float32:
+            return self.bits
+        if self.dtype is Dtype.float16:
+            return self.bits.view(np.float16).astype(np.float32)
+        return (self.bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def is_torch(array: Any) -> bool:
+    """Say whether ``array`` is a torch tensor, without importing torch."""
+    return type(array).__module__.partition(".")[0] == "torch" and hasattr(array, "data_ptr")
+
+
+def float_array(name: str, array: Any) -> FloatArray:
+    """Take a numpy array or a torch CPU tensor of float32, bfloat16 or float16, without copying.
+
+    Lists and float64 arrays are converted to float32.
+
+    Raises
+    ------
+    TypeError
+        If the element type is none of these, or a tensor is not on the CPU.
+    """
+    if is_torch(array):
+        return _from_torch(name, array)
+    array = np.asarray(array)
+    if array.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    if array.dtype == np.float32:
+        return FloatArray(array, Dtype.float32)
+    if array.dtype == np.float16:
+        return FloatArray(array.view(np.uint16), Dtype.float16)
+    if array.dtype.name == "bfloat16":  # ml_dtypes
+        return FloatArray(array.view(np.uint16), Dtype.bfloat16)
+    if array.dtype.kind in "iu":
+        return FloatArray(array.astype(np.float32), Dtype.float32)
+    raise TypeError(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
+
+
+def _from_torch(name: str, tensor: Any) -> FloatArray:
+    if tensor.device.type != "cpu":
+        raise TypeError(f"{name} must be on the CPU, got a tensor on {tensor.device}")
+    kind = str(tensor.dtype).removeprefix("torch.")
+    tensor = tensor.detach()
+    if kind == "float64":
+        tensor, kind = tensor.float(), "float32"
+    if kind == "float32":
+        return FloatArray(tensor.numpy(), Dtype.float32)
+    if kind in ("float16", "bfloat16"):
+        import torch
+
+        return FloatArray(tensor.view(torch.int16).numpy().view(np.uint16), Dtype[kind])
+    raise TypeError(f"{name} must be float32, bfloat16 or float16, got {kind}")
+
+
+def matrix(name: str, array: Any, head_dim: int | None = None) -> FloatArray:
+    """Check ``[rows, head_dim]`` with 1 <= head_dim <= 512; rows may be 0."""
+    rows = {"keys": "n", "queries": "m"}.get(name, "rows")
+    result = float_array(name, array)
+    if len(result.shape) != 2:
+        raise ValueError(f"{name} must have shape [{rows}, head_dim], got {result.shape}")
+    found = result.shape[1]
+    if head_dim is None and not 1 <= found <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} must have head_dim in [1, {MAX_HEAD_DIM}], got {found}")
+    if head_dim is not None and found != head_dim:
+        raise ValueError(f"{name} must have head_dim {head_dim}, got {found}")
+    return result
+
+
+def heads(name: str, array: Any) -> FloatArray:
+    """Check ``[batch, heads, sequence, head_dim]`` with 1 <= head_dim <= 512."""
+    result = float_array(name, array)
+    if len(result.shape) != 4:
+        raise ValueError(
+            f"{name} must have shape [batch, heads, sequence, head_dim], got {result.shape}"
+        )
+    if not 1 <= result.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{name} must have head_dim in [1, {MAX_HEAD_DIM}], got {result.shape[3]}"
+        )
+    return result
+
+
+def finite(name: str, array: FloatArray) -> None:
+    """Refuse NaN and infinity."""
+    values = array.to_float32()
+    bad = ~np.isfinite(values)
+    if bad.any():
+        place = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"{name} must be finite, got {values[place]} at {place}")
+
+
+def thresholds(array: ArrayLike, m: int) -> NDArray[np.float64]:
+    """Check a scalar or ``[m]`` of thresholds; -inf and +inf are allowed, NaN is not."""
+    values = np.asarray(array)
+    if values.dtype.kind not in "fiu":
+        raise TypeError(f"thresholds must be real numbers, got {values.dtype}")
+    if values.shape not in ((), (m,)):
+        raise ValueError(f"thresholds must be a scalar or have shape [{m}], got {values.shape}")
+    values = np.ascontiguousarray(np.broadcast_to(values.astype(np.float64), (m,)))
+    if np.isnan(values).any():
+        raise ValueError("thresholds must not be NaN")
+    return values
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """Check an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+    return int(value)
+
+
+def open_unit(name: str, value: Any) -> float:
+    """Check a number strictly between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0.0 < float(value) < 1.0:
+        raise ValueError(f"{name} must lie in (0, 1), got {value}")
+    return float(value)
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Check membership in a short list of words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def scale(value: float | None, head_dim: int) -> float:
+    """Return ``scale``, by default 1 / sqrt(head_dim); it must be finite and positive."""
+    if value is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"scale must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"scale must be finite and > 0, got {value}")
+    return float(value)
+
+
+def key_ids(name: str, array: ArrayLike) -> NDArray[np.int64]:
+    """Check a list of key ids: integers, one dimension, no id twice."""
+    values = np.atleast_1d(np.asarray(array))
+    if values.size == 0:
+        return np.empty(0, np.int64)
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {values.dtype}")
+    if values.ndim != 1:
+        raise ValueError(f"{name} must have shape [count], got {values.shape}")
+    values = np.ascontiguousarray(values, dtype=np.int64)
+    unique, counts = np.unique(values, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"{name} must not repeat, got id {unique[counts > 1][0]} twice")
+    return values
