@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import math
 import numbers
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +94,24 @@ def _from_torch(name: str, tensor: Any) -> FloatArray:
     if kind == "float32":
         return FloatArray(tensor.numpy(), Dtype.float32)
     if kind in ("float16", "bfloat16"):
-        import torch
-
-        return FloatArray(tensor.view(torch.int16).numpy().view(np.uint16), Dtype[kind])
+        bits = tensor.view(sys.modules["torch"].int16)  # a tensor came in, so torch is loaded
+        return FloatArray(bits.numpy().view(np.uint16), Dtype[kind])
     raise TypeError(f"{name} must be float32, bfloat16 or float16, got {kind}")
+
+
+def like(example: Any, values: NDArray[np.float32]) -> Any:
+    """Return float32 ``values`` as an array or tensor of the kind and dtype of ``example``."""
+    if is_torch(example):
+        return sys.modules["torch"].from_numpy(values).to(example.dtype)
+    dtype = np.asarray(example).dtype
+    return values.astype(dtype) if dtype.kind == "f" or dtype.name == "bfloat16" else values
+
+
+def output_rounding(example: Any) -> float:
+    """Return the relative rounding of ``like``: half a unit in the last place of the dtype."""
+    return {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(
+        str(example.dtype).removeprefix("torch.") if hasattr(example, "dtype") else "", 0.0
+    )
 
 
 def matrix(name: str, array: Any, head_dim: int | None = None) -> FloatArray:
@@ -147,6 +162,46 @@ def thresholds(array: ArrayLike, m: int) -> NDArray[np.float64]:
     if np.isnan(values).any():
         raise ValueError("thresholds must not be NaN")
     return values
+
+
+def attention_thresholds(array: ArrayLike, shape: tuple[int, int, int]) -> NDArray[np.float64]:
+    """Check thresholds in logit units and spread them over ``shape`` = (batch, heads, m).
+
+    A scalar, one for each head ``[heads]``, or one for each query: anything that broadcasts to
+    ``[batch, heads, m]``.
+    """
+    values = np.asarray(array.detach() if is_torch(array) else array)
+    if values.dtype.kind not in "fiu":
+        raise TypeError(f"threshold must be real numbers, got {values.dtype}")
+    given = values.shape
+    if given == (shape[1],) and shape[1] != 1:
+        values = values[:, None]
+    try:
+        values = np.broadcast_to(values.astype(np.float64), shape)
+    except ValueError:
+        raise ValueError(
+            f"threshold must be a scalar, have shape [heads] = [{shape[1]}], or broadcast to "
+            f"[batch, heads, m] = {list(shape)}, got {given}"
+        ) from None
+    if np.isnan(values).any():
+        raise ValueError("threshold must not be NaN")
+    return np.ascontiguousarray(values).reshape(-1)
+
+
+def key_mask(mask: Any, batch: int, m: int, n: int) -> NDArray[np.uint8]:
+    """Check a boolean mask (true: may be seen), ``[batch or 1, m or 1, n]``."""
+    values = np.asarray(mask.detach() if is_torch(mask) else mask)
+    if values.dtype != np.bool_:
+        raise TypeError(f"mask must be boolean, got {values.dtype}")
+    fits = values.ndim == 3 and values.shape[0] in (1, batch) and values.shape[1] in (1, m)
+    if not fits or values.shape[2] != n:
+        raise ValueError(
+            f"mask must have shape [{batch} or 1, {m} or 1, {n}] (batch, queries, keys), "
+            f"got {values.shape}"
+        )
+    if values.strides[2] != 1:
+        values = np.ascontiguousarray(values)
+    return values.view(np.uint8)
 
 
 def positive_integer(name: str, value: Any) -> int:

@@ -1,0 +1,666 @@
+#include "attention/attend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "threads.h"
+
+namespace hsr {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
+constexpr size_t kChunkBlocks = 128;             // 2,048 keys: their estimates fit the first cache
+constexpr size_t kChunkKeys = kChunkBlocks * kBlock;
+constexpr size_t kWorkspaceFloats = 4u << 20;    // estimates alive at once: 16 MiB
+constexpr size_t kSampleBlocks = 128;
+
+// A band of 4-bit estimates above this many nats decides little: scan both planes at once.
+constexpr double kWideBand = 6.0;
+// Weights are taken relative to the largest estimate; a true logit may exceed it by the band, and
+// exp(band) times n must stay inside float32. Beyond, the next finer scan is used.
+constexpr double kSafeBand = 30.0;
+
+enum class Scan { four, eight, full };
+
+// Sums of one (tile, chunk); all masses are relative to exp(reference).
+struct Partial {
+    double exact_mass[kTile], sketched[kTile], sketched_low[kTile], weight_error[kTile], weight_var[kTile];
+    double omitted[kTile];
+    int64_t kept[kTile], exact[kTile], refined;
+};
+
+struct Candidate {
+    uint32_t key;
+    double logit;
+};
+
+// Up to four queries of one batch row that share a key head, on their way through the stages.
+struct Tile {
+    int row, kv_head, count;
+    int64_t query[kTile];   // position i in [0, m)
+    int head[kTile];        // query head
+    size_t place[kTile];    // index into the results
+    int64_t visible[kTile], seen[kTile];
+    double norm[kTile], float_slack[kTile], reference[kTile], mass[kTile];
+    double threshold[kTile];  // of the rule, in logits
+    float centre_shift[kTile];
+    PreparedQuery prepared[kTile];
+    CodedQuery coded[kTile];
+    float vector[kTile][kMaxHeadDim];
+    Scan scan;
+    size_t blocks, chunks;  // coded blocks any of the queries may see
+    float* estimates;
+    size_t stride;
+    Selection selection[kTile];
+    double tail_logit[kTile][kBlock];  // keys behind the coded blocks; -inf: not seen
+    size_t partial_at;
+};
+
+struct Workspace {
+    std::vector<float> estimates, accumulators, step_sums, step_squares, scratch;
+    std::vector<Partial> partials;
+    std::vector<double> chunk_mass;
+    std::vector<float> chunk_top;
+    std::vector<std::vector<Candidate>> candidates;
+};
+
+class Attend {
+public:
+    Attend(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries,
+           const AttendResult& result)
+        : cache_(cache), settings_(settings), queries_(queries), result_(result),
+          m_(queries.queries.tokens), heads_(int(queries.queries.heads)),
+          group_(heads_ / cache.kv_heads()), groups_(value_groups(cache.value_dim())) {}
+
+    AttendWork run() {
+        const size_t per_head = size_t(m_) * size_t(group_);
+        const size_t tiles_per_head = (per_head + kTile - 1) / kTile;
+        const size_t all = size_t(cache_.batch() * cache_.kv_heads()) * tiles_per_head;
+        const size_t stride = cache_.coded() + 64;
+        const size_t wave = std::max<size_t>(size_t(num_threads()), kWorkspaceFloats / (kTile * stride));
+        for (size_t first = 0; first < all; first += wave) {
+            const size_t count = std::min(wave, all - first);
+            prepare_wave(first, count, tiles_per_head, stride);
+            run_wave();
+        }
+        return work_;
+    }
+
+private:
+    bool relu() const { return settings_.rule == Rule::relu; }
+    // Selection by full-precision logits: the result is exactly the paper's.
+    bool exact_rule() const {
+        return relu() || (!settings_.sketch_tail && settings_.rule != Rule::epsilon);
+    }
+    bool certify() const {
+        return !relu() && (settings_.certify || settings_.rule == Rule::epsilon || settings_.sketch_tail);
+    }
+
+    const uint8_t* mask_row(const Tile& tile, int q) const {
+        if (!queries_.mask) return nullptr;
+        return queries_.mask + tile.row * queries_.mask_batch_stride + tile.query[q] * queries_.mask_query_stride;
+    }
+    int store_head(const Tile& tile) const { return tile.row * cache_.kv_heads() + tile.kv_head; }
+    double logit(const Tile& tile, int q, size_t key) const {
+        const void* row = cache_.keys().row(key, store_head(tile));
+        if (exact_rule()) return settings_.scale * kernels().dot64(cache_.dtype(), row, tile.vector[q], cache_.key_dim());
+        return settings_.scale * double(kernels().dot(cache_.dtype(), row, tile.vector[q], cache_.key_dim()));
+    }
+
+    void prepare_wave(size_t first, size_t count, size_t tiles_per_head, size_t stride) {
+        static thread_local Workspace workspace;
+        space_ = &workspace;
+        tiles_.resize(count);
+        if (space_->estimates.size() < count * kTile * stride) space_->estimates.resize(count * kTile * stride);
+        Workspace& space = *space_;
+        parallel_for(count, [&](size_t t) {
+            prepare(tiles_[t], first + t, tiles_per_head);
+            tiles_[t].estimates = space.estimates.data() + t * kTile * stride;
+            tiles_[t].stride = stride;
+        });
+        chunks_of_wave_.clear();
+        for (size_t t = 0; t < count; ++t) {
+            tiles_[t].partial_at = chunks_of_wave_.size();
+            for (size_t c = 0; c < tiles_[t].chunks; ++c) chunks_of_wave_.push_back({t, c});
+        }
+        const size_t pieces = chunks_of_wave_.size();
+        space.partials.resize(pieces);
+        space.chunk_mass.resize(pieces * kTile);
+        space.chunk_top.resize(pieces * kTile);
+        space.accumulators.resize(pieces * kTile * size_t(groups_) * kValueGroup);
+        space.step_sums.resize(pieces * kTile * size_t(groups_));
+        space.step_squares.resize(pieces * kTile * size_t(groups_));
+    }
+
+    void prepare(Tile& tile, size_t index, size_t tiles_per_head) {
+        const size_t head = index / tiles_per_head, within = index % tiles_per_head;
+        tile.row = int(head) / cache_.kv_heads();
+        tile.kv_head = int(head) % cache_.kv_heads();
+        const size_t per_head = size_t(m_) * size_t(group_);
+        const size_t from = within * kTile;
+        tile.count = int(std::min<size_t>(kTile, per_head - from));
+        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+        const size_t n = cache_.size();
+        size_t farthest = 0;
+        for (int q = 0; q < tile.count; ++q) {
+            tile.query[q] = int64_t((from + size_t(q)) / size_t(group_));
+            tile.head[q] = tile.kv_head * group_ + int((from + size_t(q)) % size_t(group_));
+            tile.place[q] = (size_t(tile.row) * size_t(heads_) + size_t(tile.head[q])) * size_t(m_) + size_t(tile.query[q]);
+            tile.visible[q] = std::clamp<int64_t>(queries_.visible[tile.query[q]], 0, int64_t(n));
+            tile.seen[q] = tile.visible[q];
+            if (const uint8_t* mask = mask_row(tile, q)) {
+                int64_t seen = 0;
+                for (int64_t j = 0; j < tile.visible[q]; ++j) seen += mask[j] != 0;
+                tile.seen[q] = seen;
+            }
+            farthest = std::max(farthest, size_t(tile.visible[q]));
+            queries_.queries.read(tile.row, tile.head[q], tile.query[q], tile.vector[q]);
+            tile.norm[q] = norm_of(tile.vector[q], cache_.key_dim());
+            const double top_logit = settings_.scale * tile.norm[q] *
+                                     (cache_.largest_key_norm(store_head(tile)) + sketch.largest_norm() + sketch.centre_norm());
+            if (!(top_logit < 1e30))
+                throw std::invalid_argument("scale * |q| * |k| must be below 1e30, got " + std::to_string(top_logit));
+            tile.prepared[q].prepare(sketch, tile.vector[q], tile.norm[q], settings_.scale, true);
+            tile.coded[q] = tile.prepared[q].coded;
+            // A float32 logit: dim / 32 + 8 roundings along its chain, of terms no larger than |q| |k|.
+            tile.float_slack[q] = settings_.scale * tile.norm[q] * cache_.largest_key_norm(store_head(tile)) *
+                                  kUnit * (cache_.key_dim() / 32.0 + 8.0);
+            tile.threshold[q] = queries_.thresholds ? queries_.thresholds[tile.place[q]] : 0.0;
+        }
+        tile.blocks = std::min(sketch.blocks(), (farthest + kBlock - 1) / kBlock);
+        tile.chunks = (tile.blocks + kChunkBlocks - 1) / kChunkBlocks;
+        tile.scan = kind_of_scan(tile, sketch);
+        for (int q = 0; q < tile.count; ++q)
+            for (size_t i = 0; i < kBlock; ++i) {
+                const size_t key = sketch.coded() + i;
+                const uint8_t* mask = mask_row(tile, q);
+                const bool seen = key < size_t(tile.visible[q]) && (!mask || mask[key]);
+                tile.tail_logit[q][i] = seen ? logit(tile, q, key) : -double(kInf);
+            }
+    }
+
+    Scan kind_of_scan(const Tile& tile, const KeySketch& sketch) const {
+        if (!tile.blocks) return Scan::four;
+        const auto& extent = sketch.extent();
+        Scan kind = Scan::four;
+        for (int q = 0; q < tile.count; ++q) {
+            const CodedQuery& c = tile.coded[q];
+            const double worst4 = c.slope4 * extent.residual4 + c.slope4_step * extent.step + c.slack;
+            const double worst8 = c.slope8 * extent.residual8 + c.slope8_step * extent.step + c.slack;
+            const double mean4 = c.slope4 * extent.residual4_sum / double(sketch.coded());
+            if (!(worst8 < kSafeBand)) return Scan::full;
+            if (!(worst4 < kSafeBand) || mean4 > kWideBand) kind = Scan::eight;
+        }
+        return kind;
+    }
+
+    void run_wave() {
+        parallel_for(chunks_of_wave_.size(), [&](size_t i) {
+            scan_chunk(tiles_[chunks_of_wave_[i].first], chunks_of_wave_[i].second);
+        });
+        parallel_for(tiles_.size(), [&](size_t t) { choose(tiles_[t]); });
+        std::vector<size_t> pieces(chunks_of_wave_.size());
+        for (size_t i = 0; i < pieces.size(); ++i) pieces[i] = i;
+        for (;;) {
+            space_->candidates.resize(settings_.rule == Rule::top_r && !settings_.sketch_tail ? chunks_of_wave_.size() * kTile : 0);
+            parallel_for(pieces.size(), [&](size_t i) {
+                const auto [t, c] = chunks_of_wave_[pieces[i]];
+                select_chunk(tiles_[t], c);
+            });
+            std::vector<char> again(tiles_.size(), 0);
+            parallel_for(tiles_.size(), [&](size_t t) { again[t] = !finish(tiles_[t]); });
+            pieces.clear();
+            for (size_t i = 0; i < chunks_of_wave_.size(); ++i)
+                if (again[chunks_of_wave_[i].first]) pieces.push_back(i);
+            if (pieces.empty()) break;
+            work_.selected_again += std::count(again.begin(), again.end(), 1);
+        }
+        for (const Tile& tile : tiles_) {
+            const int64_t scored = int64_t(tile.blocks * kBlock) * tile.count;
+            (tile.scan == Scan::full ? work_.full_scored : work_.sketch_scored) += scored;
+            if (tile.scan == Scan::eight) work_.refined += scored;
+            ++(tile.scan == Scan::four ? work_.scanned_four
+               : tile.scan == Scan::eight ? work_.scanned_eight : work_.scanned_full);
+            for (size_t c = 0; c < tile.chunks; ++c) {
+                const Partial& part = space_->partials[tile.partial_at + c];
+                if (tile.scan == Scan::four) work_.refined += part.refined * kBlock * tile.count;
+                for (int q = 0; q < tile.count; ++q) {
+                    work_.full_scored += part.exact[q];
+                    work_.sketched += part.kept[q] - part.exact[q];
+                }
+            }
+        }
+    }
+
+    // ---- stage 1: estimates of all keys, their largest, the sum of their exponentials
+
+    void scan_chunk(Tile& tile, size_t chunk) {
+        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+        const size_t first = chunk * kChunkBlocks, count = std::min(kChunkBlocks, tile.blocks - first);
+        float* estimates = tile.estimates + first * kBlock;
+        float tops[kTile] = {-kInf, -kInf, -kInf, -kInf};
+        if (tile.scan == Scan::full) {
+            for (int q = 0; q < tile.count; ++q)
+                for (size_t i = 0; i < count * kBlock; ++i) {
+                    const float s = float(logit(tile, q, first * kBlock + i));
+                    estimates[size_t(q) * tile.stride + i] = s;
+                    tops[q] = std::max(tops[q], s);
+                }
+        } else {
+            kernels().scan(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride, tops);
+            if (tile.scan == Scan::eight) {
+                for (float& top : tops) top = -kInf;
+                kernels().refine(sketch.high(first), sketch.low(first), cache_.key_dim(), count, tile.coded,
+                                 tile.count, estimates, tile.stride, tops);
+            }
+        }
+        for (int q = 0; q < tile.count; ++q) {
+            float* own = estimates + size_t(q) * tile.stride;
+            if (hide(tile, q, first * kBlock, count * kBlock, own))
+                tops[q] = *std::max_element(own, own + count * kBlock);
+            const size_t place = (tile.partial_at + chunk) * kTile + size_t(q);
+            space_->chunk_top[place] = tops[q];
+            space_->chunk_mass[place] =
+                relu() || tops[q] == -kInf ? 0.0 : kernels().sum_exp(own, count * kBlock, tops[q]);
+        }
+    }
+
+    // Estimates of keys that query q may not see become -inf; says whether there was any.
+    bool hide(const Tile& tile, int q, size_t first, size_t count, float* estimates) const {
+        bool hidden = false;
+        const size_t visible = size_t(tile.visible[q]);
+        for (size_t i = visible > first ? visible - first : 0; i < count; ++i) estimates[i] = -kInf, hidden = true;
+        if (const uint8_t* mask = mask_row(tile, q))
+            for (size_t i = 0; i < count && first + i < visible; ++i)
+                if (!mask[first + i]) estimates[i] = -kInf, hidden = true;
+        return hidden;
+    }
+
+    // ---- stage 2: thresholds of each query
+
+    void choose(Tile& tile) {
+        for (int q = 0; q < tile.count; ++q) {
+            double top = -double(kInf);
+            for (size_t c = 0; c < tile.chunks; ++c) top = std::max(top, double(space_->chunk_top[(tile.partial_at + c) * kTile + size_t(q)]));
+            for (double s : tile.tail_logit[q]) top = std::max(top, s);
+            if (top == -double(kInf)) top = 0;
+            double mass = 0;
+            for (size_t c = 0; c < tile.chunks; ++c) {
+                const size_t place = (tile.partial_at + c) * kTile + size_t(q);
+                if (space_->chunk_mass[place] > 0)
+                    mass += space_->chunk_mass[place] * std::exp(double(space_->chunk_top[place]) - top);
+            }
+            for (double s : tile.tail_logit[q]) mass += std::exp(s - top);
+            // The reference is a float: kernels subtract it from float estimates.
+            tile.reference[q] = double(float(top));
+            tile.mass[q] = mass;
+            Selection& selection = tile.selection[q];
+            selection.reference = float(tile.reference[q]);
+            selection.keep_upper = exact_rule();
+            const double log_mass = std::log(std::max(mass, 1e-300)) + top;
+            switch (settings_.rule) {
+                case Rule::relu: selection.exact_from = selection.threshold = below(tile.threshold[q]); break;
+                case Rule::threshold:
+                    selection.exact_from = below(tile.threshold[q]);
+                    selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
+                    break;
+                case Rule::top_r:
+                    selection.exact_from = top_r_threshold(tile, q);
+                    selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
+                    break;
+                case Rule::epsilon:
+                    selection.threshold = tail_threshold(tile, q);
+                    selection.exact_from = settings_.sketch_tail ? std::max(selection.threshold, float(log_mass + std::log(settings_.exact_share)))
+                                                                 : selection.threshold;
+                    break;
+            }
+        }
+    }
+
+    static float below(double x) { return std::nextafter(float(x), -kInf); }
+
+    const CodedQuery& coded(const Tile& tile, int q) const { return tile.coded[q]; }
+
+    // A threshold that is likely to omit a little less than epsilon of the mass: found by bisection on a
+    // sample of the keys. `finish` measures what was omitted and asks again if it was too much.
+    float tail_threshold(Tile& tile, int q) {
+        if (tile.blocks == 0) return -kInf;
+        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+        const size_t step = std::max<size_t>(1, tile.blocks / kSampleBlocks);
+        const size_t blocks = (tile.blocks + step - 1) / step;
+        static thread_local std::vector<float> buffer;
+        buffer.resize(4 * blocks * kBlock);
+        float *estimates = buffer.data(), *uppers = estimates + blocks * kBlock, *weights = uppers + blocks * kBlock,
+              *upper_weights = weights + blocks * kBlock;
+        for (size_t i = 0; i < blocks; ++i) {
+            const size_t block = i * step;
+            const float* from = tile.estimates + size_t(q) * tile.stride + block * kBlock;
+            std::copy(from, from + kBlock, estimates + i * kBlock);
+            if (tile.scan == Scan::full)
+                std::copy(from, from + kBlock, uppers + i * kBlock);
+            else
+                kernels().bounds(sketch.high(block), sketch.low(block), cache_.key_dim(), 1, &tile.coded[q],
+                                 tile.scan == Scan::eight, from, 1.0f, uppers + i * kBlock);
+        }
+        const size_t count = blocks * kBlock;
+        const float reference = float(tile.reference[q]);
+        kernels().exp_into(estimates, count, reference, weights);
+        kernels().exp_into(uppers, count, reference, upper_weights);
+        // 0.7: a margin for the sampling, so that a second selection is rare.
+        const double allowed = 0.7 * settings_.epsilon * tile.mass[q] / double(step);
+        float low = reference - 80.0f, high = reference;
+        for (int i = 0; i < 14; ++i) {
+            const float middle = 0.5f * (low + high);
+            (kernels().mass_below(estimates, uppers, weights, upper_weights, count, middle) <= allowed ? low : high) = middle;
+        }
+        return low <= reference - 79.9f ? -kInf : low;
+    }
+
+    // The r-th largest estimate, or for an exact answer the r-th largest lower bound, of the visible keys.
+    float top_r_threshold(Tile& tile, int q) {
+        const size_t r = size_t(settings_.top_r), n = tile.blocks * kBlock;
+        if (r >= size_t(tile.seen[q])) return -kInf;
+        const float* values = tile.estimates + size_t(q) * tile.stride;
+        static thread_local std::vector<float> lower;
+        if (exact_rule()) {
+            lower.resize(n);
+            if (tile.scan == Scan::full) {
+                for (size_t i = 0; i < n; ++i) lower[i] = values[i] - float(tile.float_slack[q]) - std::fabs(values[i]) * 1e-6f;
+            } else {
+                const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+                kernels().bounds(sketch.high(0), sketch.low(0), cache_.key_dim(), tile.blocks, &tile.coded[q],
+                                 tile.scan == Scan::eight, values, -1.0f, lower.data());
+            }
+            values = lower.data();
+        }
+        const auto reached = [&](float t) {
+            size_t count = n ? kernels().count_from(values, n, t) : 0;
+            for (double s : tile.tail_logit[q]) count += s >= t;
+            return count;
+        };
+        // Bisection keeps: at least r values reach `low`.
+        float low = float(tile.reference[q]) - 1.0f, high = float(tile.reference[q]) + 1.0f;
+        for (float step = 2.0f; reached(low) < r; step *= 2.0f) {
+            high = low;
+            low -= step;
+            if (!(low > -3e38f)) return -kInf;
+        }
+        for (int i = 0; i < 24 && reached(low) > r; ++i) {
+            const float middle = 0.5f * (low + high);
+            (reached(middle) >= r ? low : high) = middle;
+        }
+        return low;
+    }
+
+    // ---- stage 3: selection, and the sums over what was selected
+
+    void select_chunk(Tile& tile, size_t chunk) {
+        const size_t first = chunk * kChunkBlocks, count = std::min(kChunkBlocks, tile.blocks - first);
+        const size_t piece = tile.partial_at + chunk, width = size_t(groups_) * kValueGroup;
+        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+        static thread_local std::vector<KeptKey> kept(kChunkKeys);
+        Partial& part = space_->partials[piece];
+        part = Partial();
+        float* accumulators = space_->accumulators.data() + piece * kTile * width;
+        float* step_sums = space_->step_sums.data() + piece * kTile * size_t(groups_);
+        float* step_squares = space_->step_squares.data() + piece * kTile * size_t(groups_);
+        std::fill(accumulators, accumulators + kTile * width, 0.0f);
+        std::fill(step_sums, step_sums + kTile * size_t(groups_), 0.0f);
+        std::fill(step_squares, step_squares + kTile * size_t(groups_), 0.0f);
+
+        size_t kept_count;
+        if (tile.scan == Scan::full) {
+            kept_count = select_full(tile, first * kBlock, count * kBlock, kept.data(), part);
+        } else {
+            SelectionSums sums{};
+            kept_count = kernels().select(sketch.high(first), sketch.low(first), cache_.key_dim(), count,
+                                          uint32_t(first * kBlock), tile.coded, tile.count, tile.selection,
+                                          tile.scan == Scan::eight, certify(), tile.estimates + first * kBlock,
+                                          tile.stride, kept.data(), &sums);
+            for (int q = 0; q < tile.count; ++q) {
+                part.omitted[q] = sums.omitted[q];
+                part.sketched[q] = sums.sketched[q];
+                part.sketched_low[q] = sums.sketched_low[q];
+                part.weight_error[q] = sums.weight_error[q];
+                part.weight_var[q] = sums.weight_var[q];
+            }
+            part.refined = sums.refined;
+        }
+        const bool collect = settings_.rule == Rule::top_r && !settings_.sketch_tail;
+        if (collect)
+            for (int q = 0; q < tile.count; ++q) space_->candidates[piece * kTile + size_t(q)].clear();
+        size_t coded_count = 0;
+        for (size_t i = 0; i < kept_count; ++i) {
+            const KeptKey entry = kept[i];
+            bool from_codes = false;
+            for (int q = 0; q < tile.count; ++q) {
+                if (entry.exact >> q & 1) {
+                    ++part.exact[q];
+                    ++part.kept[q];
+                    if (collect)
+                        space_->candidates[piece * kTile + size_t(q)].push_back({entry.key, logit(tile, q, entry.key)});
+                    else
+                        add_exact(tile, q, entry.key, logit(tile, q, entry.key), part, accumulators + size_t(q) * width);
+                } else if (entry.weight[q] != 0) {
+                    from_codes = true;
+                    ++part.kept[q];
+                }
+            }
+            if (from_codes) kept[coded_count++] = entry;
+        }
+        if (coded_count)
+            kernels().accumulate_codes(cache_.value_sketch(store_head(tile)).rows(), cache_.value_dim(), kept.data(),
+                                       coded_count, tile.count, accumulators, step_sums, step_squares);
+    }
+
+    // All estimates are full-precision logits: what reaches the threshold is exact, the rest is omitted.
+    size_t select_full(const Tile& tile, size_t first, size_t count, KeptKey* kept, Partial& part) const {
+        size_t found = 0;
+        for (size_t i = 0; i < count; ++i) {
+            KeptKey entry{uint32_t(first + i), 0, {}};
+            for (int q = 0; q < tile.count; ++q) {
+                const double s = tile.estimates[size_t(q) * tile.stride + first + i];
+                if (s == -double(kInf)) continue;
+                const double slack = tile.float_slack[q] + std::fabs(s) * 1e-6;
+                if (s + slack >= tile.selection[q].threshold)
+                    entry.exact |= 1u << q;
+                else if (certify())
+                    part.omitted[q] += std::exp(s + slack - tile.reference[q]);
+            }
+            if (entry.exact) kept[found++] = entry;
+        }
+        return found;
+    }
+
+    void add_exact(const Tile& tile, int q, size_t key, double logit, Partial& part, float* accumulator) const {
+        double weight;
+        if (relu()) {
+            if (!(logit > tile.threshold[q])) {
+                --part.kept[q];
+                return;
+            }
+            weight = std::pow(logit - tile.threshold[q], settings_.power);
+        } else {
+            weight = std::exp(logit - tile.reference[q]);
+            if (exact_rule() && settings_.rule == Rule::threshold && logit < tile.threshold[q]) {
+                part.omitted[q] += weight;
+                --part.kept[q];
+                return;
+            }
+        }
+        part.exact_mass[q] += weight;
+        kernels().axpy(cache_.dtype(), cache_.values().row(key, store_head(tile)), float(weight), cache_.value_dim(), accumulator);
+    }
+
+    // ---- stage 4: the answer of each query; false asks for another selection
+
+    bool finish(Tile& tile) {
+        bool enough = true;
+        for (int q = 0; q < tile.count; ++q) enough &= finish(tile, q);
+        return enough;
+    }
+
+    bool finish(Tile& tile, int q) {
+        const size_t width = size_t(groups_) * kValueGroup;
+        const int dim = cache_.value_dim();
+        alignas(64) float sum[kMaxHeadDim + kValueGroup];
+        double steps[kMaxHeadDim / kValueGroup] = {}, squares[kMaxHeadDim / kValueGroup] = {};
+        std::fill(sum, sum + width, 0.0f);
+        Partial total{};
+        for (size_t c = 0; c < tile.chunks; ++c) {
+            const size_t piece = tile.partial_at + c;
+            const Partial& part = space_->partials[piece];
+            total.exact_mass[0] += part.exact_mass[q];
+            total.sketched[0] += part.sketched[q];
+            total.sketched_low[0] += part.sketched_low[q];
+            total.weight_error[0] += part.weight_error[q];
+            total.weight_var[0] += part.weight_var[q];
+            total.omitted[0] += part.omitted[q];
+            total.kept[0] += part.kept[q];
+            const float* from = space_->accumulators.data() + (piece * kTile + size_t(q)) * width;
+            for (size_t i = 0; i < width; ++i) sum[i] += from[i];
+            for (int g = 0; g < groups_; ++g) {
+                steps[g] += space_->step_sums[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
+                squares[g] += space_->step_squares[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
+            }
+        }
+        Partial tail{};
+        if (settings_.rule == Rule::top_r && !settings_.sketch_tail) {
+            add_top_r(tile, q, tail, sum);
+        } else {
+            for (size_t i = 0; i < kBlock; ++i)
+                if (tile.tail_logit[q][i] != -double(kInf)) {
+                    ++tail.kept[q];
+                    add_exact(tile, q, cache_.coded() + i, tile.tail_logit[q][i], tail, sum);
+                }
+        }
+        const double exact_mass = total.exact_mass[0] + tail.exact_mass[q];
+        const double mass = exact_mass + total.sketched[0];
+        // Keys whose weight underflowed (below exp(-87) of the reference) count exp(-87) each.
+        const double omitted = (total.omitted[0] + tail.omitted[q]) * 1.0001 +
+                               (certify() ? double(tile.seen[q]) * 1.7e-38 : 0.0);
+        const double surely = exact_mass * (1 - tile.float_slack[q]) + total.sketched_low[0] * 0.9999;
+        if (settings_.rule == Rule::epsilon && tile.selection[q].threshold > -kInf &&
+            omitted > settings_.epsilon * (surely + omitted)) {
+            Selection& selection = tile.selection[q];
+            selection.threshold -= 1.0f;
+            if (selection.threshold < selection.reference - 80.0f) selection.threshold = -kInf;
+            if (!settings_.sketch_tail) selection.exact_from = selection.threshold;
+            return false;
+        }
+        const size_t place = tile.place[q];
+        float* out = result_.out + place * size_t(dim);
+        const int64_t kept = settings_.rule == Rule::top_r && !settings_.sketch_tail
+                                 ? tail.kept[q] : total.kept[0] + tail.kept[q];
+        result_.density[place] = tile.seen[q] ? float(double(kept) / double(tile.seen[q])) : 0.0f;
+        if (!(mass > 0)) {
+            std::fill(out, out + dim, 0.0f);
+            result_.lse[place] = -kInf;
+            // Nothing seen, or an empty ReLU row: zero by definition. A softmax row that kept nothing of
+            // what it saw is as wrong as any answer can be.
+            const bool defined = relu() || tile.seen[q] == 0;
+            result_.error_bound[place] = defined ? 0.0f : hull_distance(tile, out);
+            result_.estimated_error[place] = result_.error_bound[place];
+            result_.omitted_mass[place] = defined ? 0.0f : 1.0f;
+            return true;
+        }
+        for (int i = 0; i < dim; ++i) out[i] = float(sum[i] / mass);
+        result_.lse[place] = relu() ? float(std::log(mass)) : float(std::log(mass) + tile.reference[q]);
+        if (!settings_.certify) {
+            result_.error_bound[place] = result_.estimated_error[place] = result_.omitted_mass[place] = std::nanf("");
+            return true;
+        }
+        result_.omitted_mass[place] = up(omitted / (surely + omitted));
+        certificate(tile, q, place, mass, exact_mass, omitted, total, kept, steps, squares, out);
+        return true;
+    }
+
+    static float up(double x) { return std::nextafter(float(x), kInf); }
+
+    // Largest distance, over coordinates, from `out` to a point in the range of the values: the exact answer is
+    // a convex combination of the values.
+    float hull_distance(const Tile& tile, const float* out) const {
+        const ValueSketch& values = cache_.value_sketch(store_head(tile));
+        double worst = 0;
+        for (int i = 0; i < cache_.value_dim(); ++i)
+            worst = std::max({worst, double(values.most()[size_t(i)]) - out[i], double(out[i]) - values.least()[size_t(i)]});
+        return up(worst);
+    }
+
+    void certificate(const Tile& tile, int q, size_t place, double mass, double exact_mass, double omitted,
+                     const Partial& total, int64_t kept, const double* steps, const double* squares, const float* out) {
+        const ValueSketch& values = cache_.value_sketch(store_head(tile));
+        // Share of the mass that is misplaced: omitted, or given by a wrong weight. expm1 of the band of a
+        // full-precision logit is its float32 rounding.
+        const double exact_error = relu() ? 0.0 : exact_mass * std::expm1(2 * tile.float_slack[q] + 1e-6);
+        const double wrong = (omitted + total.weight_error[0] * 1.0001 + exact_error) / mass;
+        double bound = 0, variance = 0, spread = 0, largest = 0;
+        for (int i = 0; i < cache_.value_dim(); ++i) {
+            const int g = i / kValueGroup;
+            const double most = values.most()[size_t(i)], least = values.least()[size_t(i)];
+            const double reach = std::max(most - out[i], double(out[i]) - least);
+            // |value - decoded| <= step / 2 (1 + 2^-10)
+            const double coding = steps[g] * 0.5005 / mass;
+            const double own = wrong < 1 ? std::min((coding + wrong * reach) / (1 - wrong), reach) : reach;
+            bound = std::max(bound, own);
+            variance = std::max(variance, squares[g] / 12.0);
+            spread = std::max(spread, (most - least) / 8.0);
+            largest = std::max({largest, std::fabs(most), std::fabs(least)});
+        }
+        // Float32 sums of `kept` terms, each no larger than its weight times the largest value: a chain has
+        // at most as many additions as a chunk has keys, and one for each chunk.
+        const double rounding = kUnit * (double(std::min<int64_t>(kept, int64_t(kChunkKeys))) + double(tile.chunks) + 32.0) * largest;
+        result_.error_bound[place] = up(bound + rounding);
+        result_.estimated_error[place] =
+            float(std::sqrt((variance + total.weight_var[0] * spread * spread) * 2.0 * std::log(2.0 * cache_.value_dim())) / mass +
+                  omitted / mass * spread + kUnit * 16 * largest);
+    }
+
+    // Rule top_r without a tail: of the candidates and the uncoded keys, the r largest logits, exactly.
+    void add_top_r(Tile& tile, int q, Partial& part, float* sum) {
+        std::vector<Candidate> all;
+        for (size_t c = 0; c < tile.chunks; ++c) {
+            const auto& own = space_->candidates[(tile.partial_at + c) * kTile + size_t(q)];
+            all.insert(all.end(), own.begin(), own.end());
+        }
+        for (size_t i = 0; i < kBlock; ++i)
+            if (tile.tail_logit[q][i] != -double(kInf)) all.push_back({uint32_t(cache_.coded() + i), tile.tail_logit[q][i]});
+        const size_t r = std::min(size_t(settings_.top_r), all.size());
+        std::nth_element(all.begin(), all.begin() + int64_t(r), all.end(), [](const Candidate& a, const Candidate& b) {
+            return a.logit > b.logit || (a.logit == b.logit && a.key < b.key);
+        });
+        for (size_t i = 0; i < all.size(); ++i) {
+            if (i < r) {
+                ++part.kept[q];
+                add_exact(tile, q, all[i].key, all[i].logit, part, sum);
+            } else {
+                part.omitted[q] += std::exp(all[i].logit - tile.reference[q]);
+            }
+        }
+    }
+
+    const LayerCache& cache_;
+    const AttendSettings& settings_;
+    const AttendQueries& queries_;
+    const AttendResult& result_;
+    const int64_t m_;
+    const int heads_, group_, groups_;
+    Workspace* space_ = nullptr;
+    std::vector<Tile> tiles_;
+    std::vector<std::pair<size_t, size_t>> chunks_of_wave_;
+    AttendWork work_;
+};
+
+}  // namespace
+
+AttendWork attend(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries,
+                  const AttendResult& result) {
+    return Attend(cache, settings, queries, result).run();
+}
+
+}  // namespace hsr

@@ -1,0 +1,125 @@
+#include <nanobind/stl/optional.h>
+
+#include <limits>
+
+#include "attention/attend.h"
+#include "bindings/arrays.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace hsr;
+
+namespace {
+
+constexpr float kValueLimit = 1e37f;  // the span of a value group must stay inside float32
+
+using VectorIds = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Thresholds = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Mask = nb::ndarray<const uint8_t, nb::ndim<3>, nb::device::cpu>;
+
+void append(LayerCache& self, const AnyArray& keys, const AnyArray& values) {
+    const TokenArray k = token_array(keys, int(self.dtype())), v = token_array(values, int(self.dtype()));
+    nb::gil_scoped_release release;
+    require_finite("keys", k);
+    require_finite("values", v, kValueLimit);
+    self.append(k, v);
+}
+
+nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtype, const VectorIds& visible,
+                       int rule, bool sketch_tail, double scale, double epsilon, double exact_share,
+                       int64_t top_r, int power, bool certify, std::optional<Thresholds> thresholds,
+                       std::optional<Mask> mask) {
+    AttendQueries call{};
+    call.queries = token_array(queries, dtype);
+    call.visible = visible.data();
+    call.thresholds = thresholds ? thresholds->data() : nullptr;
+    if (mask) {
+        if (mask->stride(2) != 1 && mask->shape(2) > 1) throw std::invalid_argument("mask must be contiguous over keys");
+        call.mask = mask->data();
+        call.mask_batch_stride = mask->shape(0) == 1 ? 0 : mask->stride(0);
+        call.mask_query_stride = mask->shape(1) == 1 ? 0 : mask->stride(1);
+    }
+    AttendSettings settings;
+    settings.rule = Rule(rule);
+    settings.sketch_tail = sketch_tail;
+    settings.scale = scale;
+    settings.epsilon = epsilon;
+    settings.exact_share = exact_share;
+    settings.top_r = top_r;
+    settings.power = power;
+    settings.certify = certify;
+    const size_t batch = size_t(call.queries.batch), heads = size_t(call.queries.heads),
+                 m = size_t(call.queries.tokens), rows = batch * heads * m, dim = size_t(self.value_dim());
+    std::vector<float> out(rows * dim), bound(rows), estimate(rows), omitted(rows), density(rows), lse(rows);
+    AttendWork work;
+    {
+        nb::gil_scoped_release release;
+        require_finite("queries", call.queries);
+        const AttendResult result{out.data(), bound.data(), estimate.data(), omitted.data(), density.data(), lse.data()};
+        work = attend(self, settings, call, result);
+    }
+    nb::dict counters;
+    counters["sketch_scored"] = work.sketch_scored;
+    counters["refined"] = work.refined;
+    counters["full_scored"] = work.full_scored;
+    counters["sketched"] = work.sketched;
+    counters["scanned_four"] = work.scanned_four;
+    counters["scanned_eight"] = work.scanned_eight;
+    counters["scanned_full"] = work.scanned_full;
+    counters["selected_again"] = work.selected_again;
+    return nb::make_tuple(own(std::move(out), {batch, heads, m, dim}), own(std::move(bound), {batch, heads, m}),
+                          own(std::move(estimate), {batch, heads, m}), own(std::move(omitted), {batch, heads, m}),
+                          own(std::move(density), {batch, heads, m}), own(std::move(lse), {batch, heads, m}), counters);
+}
+
+// Keys or values as [batch, heads, n, dim], read-only, without a copy; later appends do not move it.
+nb::object rows_view(const RowStore& store, int batch) {
+    auto* held = new std::shared_ptr<const Buffer>(store.share());
+    nb::capsule owner(held, [](void* p) noexcept { delete static_cast<std::shared_ptr<const Buffer>*>(p); });
+    static float nothing = 0;
+    const size_t heads = size_t(store.heads()) / size_t(batch), dim = size_t(store.dim());
+    const size_t shape[4] = {size_t(batch), heads, store.size(), dim};
+    const int64_t strides[4] = {int64_t(heads * dim), int64_t(dim), int64_t(size_t(store.heads()) * dim), 1};
+    void* data = store.size() ? const_cast<uint8_t*>((*held)->data()) : reinterpret_cast<uint8_t*>(&nothing);
+    if (store.dtype() == Dtype::float32)
+        return nb::cast(nb::ndarray<nb::numpy, float>(data, 4, shape, owner, strides));
+    return nb::cast(nb::ndarray<nb::numpy, uint16_t>(data, 4, shape, owner, strides));
+}
+
+}  // namespace
+
+void init_cache(nb::module_& m) {
+    nb::class_<LayerCache>(m, "LayerCache")
+        .def("__init__",
+             [](LayerCache* self, int batch, int kv_heads, int key_dim, int value_dim, int dtype, bool sketch_values) {
+                 new (self) LayerCache(batch, kv_heads, key_dim, value_dim, Dtype(dtype), sketch_values);
+             },
+             "batch"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "dtype"_a, "sketch_values"_a)
+        .def_prop_ro("batch", &LayerCache::batch)
+        .def_prop_ro("kv_heads", &LayerCache::kv_heads)
+        .def_prop_ro("key_dim", &LayerCache::key_dim)
+        .def_prop_ro("value_dim", &LayerCache::value_dim)
+        .def_prop_ro("dtype", [](const LayerCache& self) { return int(self.dtype()); })
+        .def_prop_ro("row_nbytes", &LayerCache::row_nbytes)
+        .def_prop_ro("code_nbytes", &LayerCache::code_nbytes)
+        .def("__len__", &LayerCache::size)
+        .def("append", &append, "keys"_a, "values"_a)
+        .def("crop", &LayerCache::crop, "size"_a)
+        .def("reorder",
+             [](LayerCache& self, const VectorIds& sources) {
+                 nb::gil_scoped_release release;
+                 self.reorder(sources.data(), sources.shape(0));
+             },
+             "sources"_a)
+        .def("key_rms",
+             [](const LayerCache& self) {
+                 std::vector<double> rms;
+                 for (int head = 0; head < self.batch() * self.kv_heads(); ++head) rms.push_back(self.key_rms(head));
+                 return own(std::move(rms), {size_t(self.batch()), size_t(self.kv_heads())});
+             })
+        .def("keys", [](const LayerCache& self) { return rows_view(self.keys(), self.batch()); })
+        .def("values", [](const LayerCache& self) { return rows_view(self.values(), self.batch()); })
+        .def("attend", &attend_cache, "queries"_a, "dtype"_a, "visible"_a, nb::kw_only(), "rule"_a,
+             "sketch_tail"_a, "scale"_a, "epsilon"_a, "exact_share"_a, "top_r"_a, "power"_a, "certify"_a,
+             "thresholds"_a.none(), "mask"_a.none());
+}

@@ -1,0 +1,25 @@
+// Table of contents of the extension; one file a topic.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "kernels/kernels.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+
+void init_indexes(nb::module_& m);
+void init_cache(nb::module_& m);
+
+NB_MODULE(_native, m) {
+    m.doc() = "Native kernels, indexes and caches of hsr_attention.";
+    m.def("isa_in_use", &hsr::isa_in_use);
+    m.def("isa_available", &hsr::isa_available);
+    m.def("use_isa", &hsr::use_isa, nb::arg("name"));
+    m.def("num_threads", &hsr::num_threads);
+    m.def("set_num_threads", &hsr::set_num_threads, nb::arg("count"));
+    m.def("set_openmp", &hsr::set_openmp, nb::arg("gomp_parallel"));
+    m.def("uses_openmp", &hsr::uses_openmp);
+    init_indexes(m);
+    init_cache(m);
+}

@@ -1,0 +1,2 @@
+#define HSR_LEVEL avx2
+#include "kernels/loops.h"

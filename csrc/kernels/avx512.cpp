@@ -1,0 +1,2 @@
+#define HSR_LEVEL avx512
+#include "kernels/loops.h"

@@ -1,0 +1,139 @@
+// The seam between algorithms and instruction sets: plain structs and one table of functions.
+// Everything behind the table is compiled once per level (see README.md in this folder).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace hsr {
+
+constexpr int kBlock = 16;       // keys in a block of codes
+constexpr int kTile = 4;         // most queries scored in one pass over the codes
+constexpr int kValueGroup = 32;  // value coordinates that share an offset and a step
+constexpr int kMaxHeadDim = 512;
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+inline size_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// Layout of key codes. A key k (centred and rotated) has the 8-bit code c in [0, 255] per dimension and
+// a step s: k ~ s (c - 127.5). The high 4 bits h of c are the first plane, the low 4 bits l the second;
+// alone the first plane says k ~ 16 s (h - 7.5). A block holds 16 keys, dimension-major:
+//   byte [p * 64 + key * 4 + j], low nibble: dimension 8 p + j, high nibble: dimension 8 p + 4 + j,
+// so that a 64-byte load holds 4 dimensions of 16 keys twice, in the order of 8-bit dot products.
+// Behind the codes of the first plane stand step[16] and residual4[16], behind the second residual8[16],
+// all bfloat16 rounded up: residual >= |k - decoded k|_2.
+inline int padded8(int dim) { return (dim + 7) / 8 * 8; }
+inline int padded16(int dim) { return (dim + 15) / 16 * 16; }
+inline size_t code_bytes(int dim) { return size_t(padded8(dim)) / 8 * 64; }
+inline size_t high_stride(int dim) { return code_bytes(dim) + 64; }
+inline size_t low_stride(int dim) { return code_bytes(dim) + 32; }
+
+// Layout of value codes, one row a key: for each group of 32 coordinates 16 bytes (low nibble:
+// coordinate i of the group, high nibble: coordinate 16 + i), then a (step, offset) pair of bfloat16
+// for each group: v ~ offset + step * code, |v - decoded v| <= step / 2 (1 + 2^-10).
+inline int value_groups(int dim) { return (dim + kValueGroup - 1) / kValueGroup; }
+inline size_t value_stride(int dim) { return size_t(value_groups(dim)) * (16 + 4); }
+
+// One query, rotated and quantised in two signed 8-bit digits: q ~ unit (high + low / 254).
+struct CodedQuery {
+    const int8_t* high;   // [padded8(dim)]
+    const int8_t* low;    // [padded8(dim)]
+    float unit;           // logit of (high = 1) x (decoded key = 1)
+    float centre;         // logit of the centre of the keys
+    float high_sum, low_sum;
+    // |logit - estimate4| <= slope4 * residual4 + slope4_step * step + slack, and so on for 8 bits.
+    float slope4, slope4_step, slope8, slope8_step, slack;
+};
+
+// How a query selects keys from its estimates.
+struct Selection {
+    float threshold;   // keep when estimate8 (with `keep_upper`: its upper bound) >= threshold
+    float exact_from;  // kept and estimate8 >= exact_from: read at full precision
+    float reference;   // weights are exp(estimate - reference)
+    bool keep_upper;   // for selections that must be exact: keep whatever may reach the threshold
+};
+
+struct KeptKey {
+    uint32_t key;    // position inside the head
+    uint32_t exact;  // bit q: query q reads this key at full precision
+    float weight[kTile];
+};
+
+struct SelectionSums {           // all relative to exp(reference)
+    double omitted[kTile];       // upper bound of the mass of what was left out
+    double sketched[kTile];      // sum of weights taken from codes
+    double sketched_low[kTile];  // lower bound of the same mass
+    double weight_error[kTile];  // sum of weight (exp(band) - 1)
+    double weight_var[kTile];    // sum of (weight band)^2 / head_dim, for the estimate of the error
+    int64_t refined;             // blocks whose second plane was read
+};
+
+struct Kernels {
+    const char* name;
+
+    void (*to_float)(Dtype dtype, const void* source, float* target, size_t count);
+    // y[count][padded16(dim)] = x[count][dim] times matrix[dim][padded16(dim)] (row-major)
+    void (*rotate)(const float* matrix, int dim, const float* x, size_t count, float* y);
+    // Code 16 rotated keys y[16][padded16(dim)]; norms2 are the squared norms before rotation.
+    void (*code_keys)(int dim, const float* y, const double* norms, double relative_slack,
+                      uint8_t* high, uint8_t* low);
+    void (*code_value)(int dim, const float* value, uint8_t* row);
+    void (*decode_value)(int dim, const uint8_t* row, float* value);
+
+    // estimates[q][block * 16 + i] for `blocks` blocks; maxima[q] is raised to the largest.
+    void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+                 float* estimates, size_t estimate_stride, float* maxima);
+    // out = exp(x - reference)
+    void (*exp_into)(const float* x, size_t count, float reference, float* out);
+    // Mass that a threshold b would omit in a sample: the sum of upper_weights where upper < b, and of
+    // weights where estimate < b <= upper.
+    double (*mass_below)(const float* estimates, const float* uppers, const float* weights,
+                         const float* upper_weights, size_t count, float threshold);
+    // sum of exp(x - reference)
+    double (*sum_exp)(const float* x, size_t count, float reference);
+    // Replaces the estimates of `blocks` blocks by those of both planes; maxima as in `scan`.
+    void (*refine)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
+                   const CodedQuery* queries, int count, float* estimates, size_t estimate_stride,
+                   float* maxima);
+    // Two-stage selection over blocks. Estimates are of the first plane, or already of both
+    // (`refined`). Returns the kept keys with their weights and adds to `sums`: only the sketched
+    // masses unless `certify`.
+    size_t (*select)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
+                     uint32_t first_key, const CodedQuery* queries, int count,
+                     const Selection* selection, bool refined, bool certify,
+                     const float* estimates, size_t estimate_stride, KeptKey* kept, SelectionSums* sums);
+    // accumulators[q][groups * 32] += weight * decoded value; step_sums[q][groups] += weight * step
+    void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKey* kept, size_t kept_count,
+                             int count, float* accumulators, float* step_sums, float* step_squares);
+    // out[i] = estimate + sign * band, a bound of the logit, for the keys of `blocks` blocks; the band is
+    // that of 4 bits, or with `refined` of 8.
+    void (*bounds)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
+                   const CodedQuery* query, bool refined, const float* estimates, float sign,
+                   float* out);
+
+    float (*dot)(Dtype dtype, const void* row, const float* query, int dim);
+    double (*dot64)(Dtype dtype, const void* row, const float* query, int dim);
+    void (*axpy)(Dtype dtype, const void* row, float weight, int dim, float* accumulator);
+    // Blocks of keys [dim][16] in `dtype`. masks[q][block]: lanes whose float32 score is not below
+    // thresholds[q] (NaN counts as not below).
+    void (*flat_masks)(Dtype dtype, const void* blocks, int dim, size_t block_count,
+                       const float* queries, int count, const float* thresholds, uint16_t* masks,
+                       size_t mask_stride);
+    // The 16 scores of one block in float64; float32 products are exact there.
+    void (*flat_block64)(Dtype dtype, const void* block, int dim, const float* query,
+                         double* scores);
+    // positions i with x[i] >= threshold (or NaN), appended to out; returns how many
+    size_t (*positions_from)(const float* x, size_t count, float threshold, uint32_t* out);
+    size_t (*count_from)(const float* x, size_t count, float threshold);
+};
+
+// The level in use: the best the machine has, or what HSR_ISA or use_isa asked for.
+const Kernels& kernels();
+std::string isa_in_use();
+std::vector<std::string> isa_available();
+// Throws std::invalid_argument when the level is unknown or the machine lacks it.
+void use_isa(const std::string& name);
+
+}  // namespace hsr

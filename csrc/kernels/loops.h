@@ -1,0 +1,618 @@
+// Every kernel, once. Included by one file per level with HSR_LEVEL set; see README.md.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace hsr {
+namespace {
+
+#include "kernels/simd.h"
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLowest = -3.0e38f;  // estimates at or below are keys that may not be seen
+
+// ------------------------------------------------------------------ conversion and rotation
+
+void to_float(Dtype dtype, const void* source, float* target, size_t count) {
+    size_t i = 0;
+    for (; i + 16 <= count; i += 16) store(target + i, load_row(dtype, source, int(i)));
+    if (i < count) {
+        const f32x16 last = load_row_part(dtype, source, int(i), int(count - i));
+        __builtin_memcpy(target + i, &last, (count - i) * 4);
+    }
+}
+
+void rotate(const float* matrix, int dim, const float* x, size_t count, float* y) {
+    const int wide = (dim + 15) / 16 * 16;
+    for (size_t row = 0; row < count; ++row, x += dim, y += wide) {
+        int at = 0;
+        for (; at + 64 <= wide; at += 64) {
+            f32x16 sum[4] = {};
+            for (int i = 0; i < dim; ++i)
+                for (int j = 0; j < 4; ++j)
+                    sum[j] += x[i] * load<f32x16>(matrix + size_t(i) * wide + at + 16 * j);
+            for (int j = 0; j < 4; ++j) store(y + at + 16 * j, sum[j]);
+        }
+        for (; at < wide; at += 16) {
+            f32x16 sum = {};
+            for (int i = 0; i < dim; ++i) sum += x[i] * load<f32x16>(matrix + size_t(i) * wide + at);
+            store(y + at, sum);
+        }
+    }
+}
+
+// ------------------------------------------------------------------ coding
+
+inline double squares(f32x16 r) {
+    f32x8 halves[2];
+    __builtin_memcpy(halves, &r, 64);
+    const f64x8 a = __builtin_convertvector(halves[0], f64x8),
+                b = __builtin_convertvector(halves[1], f64x8);
+    const f64x8 s = a * a + b * b;
+    double sum = 0;
+    for (int i = 0; i < 8; ++i) sum += s[i];
+    return sum;
+}
+
+inline i32x16 lanes_below(int count) {
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane < splat(count);
+}
+
+// Norms outside [1e-30, 1e30] are not coded: squares and reciprocals in float32 would leave its range.
+// The residual alone then bounds the score: the norm itself, or infinity ("always verify").
+void code_keys(int dim, const float* y, const double* norms, double relative_slack, uint8_t* high,
+               uint8_t* low) {
+    const int wide = (dim + 15) / 16 * 16, eight = (dim + 7) / 8 * 8;
+    const size_t bytes = size_t(eight) / 8 * 64;
+    __builtin_memset(high, 0, bytes + 64);
+    __builtin_memset(low, 0, bytes + 32);
+    for (int key = 0; key < kBlock; ++key, y += wide) {
+        const double norm = norms[key];
+        uint16_t step_bits = 0, residual4, residual8;
+        if (!(norm >= 1e-30) || !(norm <= 1e30)) {
+            const bool tiny = norm < 1e-30;
+            // 1e-36 covers everything that float32 may have flushed to zero on the way here.
+            residual4 = residual8 = bfloat16_up(tiny ? float(norm * 1.000001 + 1e-36) : kInfinity);
+        } else {
+            f32x16 top = {};
+            for (int at = 0; at < wide; at += 16) top = max_of(top, abs_of(load<f32x16>(y + at)));
+            step_bits = bfloat16_up(max_of_lanes(top) * (1.000001f / 127.5f));
+            const float step = bfloat16_value(step_bits), inverse = 1.0f / step;
+            double sum4 = 0, sum8 = 0;
+            for (int at = 0; at < wide; at += 16) {
+                const f32x16 v = load<f32x16>(y + at);
+                i32x16 code = __builtin_convertvector(v * inverse + 128.0f, i32x16);
+                code = code < 0 ? i32x16{} : code;
+                code = code > 255 ? splat(255) : code;
+                const i32x16 h = code >> 4, inside = lanes_below(dim - at);
+                const f32x16 r8 = v - step * (to_float16lanes(code) - 127.5f);
+                const f32x16 r4 = v - step * (16.0f * (to_float16lanes(h) - 7.5f));
+                sum8 += squares(inside ? r8 : f32x16{});
+                sum4 += squares(inside ? r4 : f32x16{});
+                int32_t codes[16];
+                store(codes, code);
+                for (int j = 0; j < 16 && at + j < eight; ++j) {
+                    const int dimension = at + j;
+                    const size_t place = size_t(dimension / 8) * 64 + key * 4 + dimension % 4;
+                    const int shift = dimension % 8 < 4 ? 0 : 4;
+                    high[place] |= uint8_t((codes[j] >> 4) << shift);
+                    low[place] |= uint8_t((codes[j] & 15) << shift);
+                }
+            }
+            // The slack covers the rounding of the rotation and of the residuals themselves.
+            const double slack = relative_slack * norm + 1e-36;
+            residual4 = bfloat16_up(float((__builtin_sqrt(sum4) + slack) * 1.000001));
+            residual8 = bfloat16_up(float((__builtin_sqrt(sum8) + slack) * 1.000001));
+        }
+        __builtin_memcpy(high + bytes + 2 * key, &step_bits, 2);
+        __builtin_memcpy(high + bytes + 32 + 2 * key, &residual4, 2);
+        __builtin_memcpy(low + bytes + 2 * key, &residual8, 2);
+    }
+}
+
+void code_value(int dim, const float* value, uint8_t* row) {
+    const int groups = (dim + kValueGroup - 1) / kValueGroup;
+    uint16_t* parameters = (uint16_t*)(row + size_t(groups) * 16);
+    for (int g = 0; g < groups; ++g, row += 16) {
+        const int first = g * kValueGroup, rest = dim - first;
+        const int size = rest < kValueGroup ? rest : kValueGroup;
+        float least = value[first], most = least;
+        for (int i = 1; i < size; ++i) {
+            const float v = value[first + i];
+            least = v < least ? v : least;
+            most = v > most ? v : most;
+        }
+        // Largest bfloat16 <= least: truncation moves towards zero, so negative values step once more.
+        uint32_t bits;
+        __builtin_memcpy(&bits, &least, 4);
+        if ((bits >> 31) && (bits & 0xffffu)) bits += 0x10000u;
+        const uint16_t offset_bits = uint16_t(bits >> 16);
+        const float offset = bfloat16_value(offset_bits);
+        const float span = most - offset;
+        const bool tiny = span < 1e-34f;  // 1 / step would overflow: code 0, half a step covers it
+        const uint16_t step_bits = bfloat16_up(span * (tiny ? 2.0f : 1.000001f / 15.0f));
+        const float step = bfloat16_value(step_bits), inverse = tiny ? 0.0f : 1.0f / step;
+        for (int i = 0; i < 16; ++i) row[i] = 0;
+        for (int i = 0; i < size; ++i) {
+            int code = int((value[first + i] - offset) * inverse + 0.5f);
+            code = code < 0 ? 0 : code > 15 ? 15 : code;
+            row[i % 16] |= uint8_t(code << (i < 16 ? 0 : 4));
+        }
+        __builtin_memcpy(parameters + 2 * g, &step_bits, 2);
+        __builtin_memcpy(parameters + 2 * g + 1, &offset_bits, 2);
+    }
+}
+
+inline void decode_group(const uint8_t* codes, f32x16& first, f32x16& second) {
+    const i32x16 bytes = widen_bytes(load<u8x16>(codes));
+    first = to_float16lanes(bytes & 15);
+    second = to_float16lanes(bytes >> 4);
+}
+
+void decode_value(int dim, const uint8_t* row, float* value) {
+    const int groups = (dim + kValueGroup - 1) / kValueGroup;
+    const uint16_t* parameters = (const uint16_t*)(row + size_t(groups) * 16);
+    for (int g = 0; g < groups; ++g) {
+        f32x16 half[2];
+        decode_group(row + 16 * g, half[0], half[1]);
+        const float step = bfloat16_value(parameters[2 * g]),
+                    offset = bfloat16_value(parameters[2 * g + 1]);
+        for (int i = 0; i < kValueGroup && g * kValueGroup + i < dim; ++i)
+            value[g * kValueGroup + i] = offset + step * half[i / 16][i % 16];
+    }
+}
+
+// ------------------------------------------------------------------ the scan of the first plane
+
+inline int32_t four_digits(const int8_t* digits) {
+    int32_t word;
+    __builtin_memcpy(&word, digits, 4);
+    return word;
+}
+
+template <int Count>
+inline void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+                      float* estimates, size_t stride, float* maxima) {
+    const int pairs = (dim + 7) / 8;
+    const size_t bytes = size_t(pairs) * 64;
+    f32x16 top[Count];
+    for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
+    for (size_t block = 0; block < blocks; ++block, high += bytes + 64) {
+        i32x16 even[Count] = {}, odd[Count] = {};
+        for (int p = 0; p < pairs; ++p) {
+            const u8x64 codes = load<u8x64>(high + p * 64);
+            const u8x64 a = low_nibbles(codes), b = high_nibbles(codes);
+            for (int q = 0; q < Count; ++q) {
+                even[q] = dot4(even[q], a, four_digits(queries[q].high + 8 * p));
+                odd[q] = dot4(odd[q], b, four_digits(queries[q].high + 8 * p + 4));
+            }
+        }
+        const f32x16 step = from_bfloat16(load<u16x16>(high + bytes));
+        for (int q = 0; q < Count; ++q) {
+            const CodedQuery& query = queries[q];
+            const f32x16 dot = to_float16lanes(even[q] + odd[q]) - 7.5f * query.high_sum;
+            const f32x16 estimate = step * (16.0f * query.unit * dot) + query.centre;
+            top[q] = max_of(top[q], estimate);
+            store(estimates + q * stride + block * 16, estimate);
+        }
+    }
+    for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
+}
+
+void scan(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+          float* estimates, size_t stride, float* maxima) {
+    switch (count) {
+        case 1: return scan_tile<1>(high, dim, blocks, queries, estimates, stride, maxima);
+        case 2: return scan_tile<2>(high, dim, blocks, queries, estimates, stride, maxima);
+        case 3: return scan_tile<3>(high, dim, blocks, queries, estimates, stride, maxima);
+        default: return scan_tile<4>(high, dim, blocks, queries, estimates, stride, maxima);
+    }
+}
+
+double sum_exp(const float* x, size_t count, float reference) {
+    double total = 0;
+    f32x16 sum = {};
+    size_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        sum += exp_of(load<f32x16>(x + i) - reference);
+        if ((i & 4095) == 4080) {
+            total += sum_of(sum);
+            sum = f32x16{};
+        }
+    }
+    total += sum_of(sum);
+    if (i < count) {
+        f32x16 rest = splat(-kInfinity);
+        __builtin_memcpy(&rest, x + i, (count - i) * 4);
+        total += sum_of(exp_of(rest - reference));
+    }
+    return total;
+}
+
+void exp_into(const float* x, size_t count, float reference, float* out) {
+    size_t i = 0;
+    for (; i + 16 <= count; i += 16) store(out + i, exp_of(load<f32x16>(x + i) - reference));
+    if (i < count) {
+        f32x16 rest = {};
+        __builtin_memcpy(&rest, x + i, (count - i) * 4);
+        rest = exp_of(rest - reference);
+        __builtin_memcpy(out + i, &rest, (count - i) * 4);
+    }
+}
+
+double mass_below(const float* estimates, const float* uppers, const float* weights,
+                  const float* upper_weights, size_t count, float threshold) {
+    f32x16 sum = {};
+    const f32x16 limit = splat(threshold), zero = {};
+    for (size_t i = 0; i + 16 <= count; i += 16) {
+        const f32x16 inner = load<f32x16>(estimates + i) < limit ? load<f32x16>(weights + i) : zero;
+        sum += load<f32x16>(uppers + i) < limit ? load<f32x16>(upper_weights + i) : inner;
+    }
+    return sum_of(sum);
+}
+
+void bounds(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* query,
+            bool refined, const float* estimates, float sign, float* out) {
+    const size_t bytes = size_t(dim + 7) / 8 * 64;
+    const float slope = refined ? query->slope8 : query->slope4,
+                slope_step = refined ? query->slope8_step : query->slope4_step;
+    for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
+        const f32x16 step = from_bfloat16(load<u16x16>(high + bytes)),
+                     residual = from_bfloat16(load<u16x16>(refined ? low + bytes : high + bytes + 32));
+        const f32x16 band = slope * residual + slope_step * step + query->slack;
+        const f32x16 estimate = load<f32x16>(estimates + block * 16);
+        const f32x16 bound = estimate + sign * band;
+        store(out + block * 16, estimate > kLowest ? bound : estimate);
+    }
+}
+
+// ------------------------------------------------------------------ both planes
+
+template <int Count>
+inline void refine_block(const uint8_t* high, const uint8_t* low, int dim, const CodedQuery* queries,
+                         const float* estimates, size_t stride, f32x16* refined) {
+    const int pairs = (dim + 7) / 8;
+    i32x16 first_low[Count] = {}, second_high[Count] = {}, second_low[Count] = {};
+    for (int p = 0; p < pairs; ++p) {
+        const u8x64 h = load<u8x64>(high + p * 64), l = load<u8x64>(low + p * 64);
+        const u8x64 h0 = low_nibbles(h), h1 = high_nibbles(h), l0 = low_nibbles(l),
+                    l1 = high_nibbles(l);
+        for (int q = 0; q < Count; ++q) {
+            const int32_t a0 = four_digits(queries[q].high + 8 * p),
+                          a1 = four_digits(queries[q].high + 8 * p + 4),
+                          b0 = four_digits(queries[q].low + 8 * p),
+                          b1 = four_digits(queries[q].low + 8 * p + 4);
+            first_low[q] = dot4(dot4(first_low[q], l0, a0), l1, a1);
+            second_high[q] = dot4(dot4(second_high[q], h0, b0), h1, b1);
+            second_low[q] = dot4(dot4(second_low[q], l0, b0), l1, b1);
+        }
+    }
+    const f32x16 step = from_bfloat16(load<u16x16>(high + size_t(pairs) * 64));
+    for (int q = 0; q < Count; ++q) {
+        const CodedQuery& query = queries[q];
+        const f32x16 fine = to_float16lanes(first_low[q]) - 7.5f * query.high_sum;
+        const f32x16 second =
+            16.0f * to_float16lanes(second_high[q]) + to_float16lanes(second_low[q]) -
+            127.5f * query.low_sum;
+        refined[q] = load<f32x16>(estimates + q * stride) +
+                     step * (query.unit * (fine + second * (1.0f / 254.0f)));
+    }
+}
+
+template <int Count>
+inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
+                        const CodedQuery* queries, float* estimates, size_t stride, float* maxima) {
+    const size_t bytes = size_t(dim + 7) / 8 * 64;
+    f32x16 top[Count], refined[Count];
+    for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
+    for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
+        refine_block<Count>(high, low, dim, queries, estimates + block * 16, stride, refined);
+        for (int q = 0; q < Count; ++q) {
+            top[q] = max_of(top[q], refined[q]);
+            store(estimates + q * stride + block * 16, refined[q]);
+        }
+    }
+    for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
+}
+
+void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
+            const CodedQuery* queries, int count, float* estimates, size_t stride, float* maxima) {
+    switch (count) {
+        case 1: return refine_tile<1>(high, low, dim, blocks, queries, estimates, stride, maxima);
+        case 2: return refine_tile<2>(high, low, dim, blocks, queries, estimates, stride, maxima);
+        case 3: return refine_tile<3>(high, low, dim, blocks, queries, estimates, stride, maxima);
+        default: return refine_tile<4>(high, low, dim, blocks, queries, estimates, stride, maxima);
+    }
+}
+
+// ------------------------------------------------------------------ selection
+
+template <int Count, bool Certify>
+inline size_t select_tile(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
+                          uint32_t first_key, const CodedQuery* queries,
+                          const Selection* selection, bool refined, const float* estimates,
+                          size_t stride, KeptKey* kept, SelectionSums* sums) {
+    const size_t bytes = size_t(dim + 7) / 8 * 64;
+    size_t kept_count = 0, refined_blocks = 0;
+    f32x16 omitted[Count] = {}, sketched[Count] = {}, sketched_low[Count] = {};
+    f32x16 weight_error[Count] = {}, weight_var[Count] = {};
+    for (size_t block = 0; block < blocks;
+         ++block, high += bytes + 64, low += bytes + 32, estimates += 16) {
+        const f32x16 step = from_bfloat16(load<u16x16>(high + bytes)),
+                     residual = from_bfloat16(load<u16x16>(refined ? low + bytes : high + bytes + 32));
+        uint32_t doubt[Count], any = 0;
+        for (int q = 0; q < Count; ++q) {
+            const CodedQuery& query = queries[q];
+            const float slope = refined ? query.slope8 : query.slope4,
+                        slope_step = refined ? query.slope8_step : query.slope4_step;
+            const f32x16 upper = load<f32x16>(estimates + q * stride) +
+                                 (slope * residual + slope_step * step + query.slack);
+            doubt[q] = mask_not_less(upper, splat(selection[q].threshold));
+            any |= doubt[q];
+            if (Certify && doubt[q] != 0xffffu)
+                omitted[q] += keep_lanes(~doubt[q] & 0xffffu,
+                                         exp_of(upper - selection[q].reference));
+        }
+        if (!any) continue;
+        ++refined_blocks;
+        f32x16 estimate[Count];
+        if (refined)
+            for (int q = 0; q < Count; ++q) estimate[q] = load<f32x16>(estimates + q * stride);
+        else
+            refine_block<Count>(high, low, dim, queries, estimates, stride, estimate);
+        const f32x16 residual8 = from_bfloat16(load<u16x16>(low + bytes));
+        const uint32_t uncoded = mask_ge(residual8, splat(kInfinity));
+        float weights[Count][16];
+        uint32_t exact[Count], all = 0;
+        for (int q = 0; q < Count; ++q) {
+            const CodedQuery& query = queries[q];
+            const uint32_t seen =
+                doubt[q] & mask_ge(load<f32x16>(estimates + q * stride), splat(kLowest));
+            const f32x16 band =
+                query.slope8 * residual8 + query.slope8_step * step + query.slack;
+            const f32x16 decisive = selection[q].keep_upper ? estimate[q] + band : estimate[q];
+            const uint32_t keep =
+                seen & (mask_ge(decisive, splat(selection[q].threshold)) | uncoded);
+            exact[q] = keep & (mask_ge(decisive, splat(selection[q].exact_from)) | uncoded);
+            const uint32_t left = seen & ~keep, coded = keep & ~exact[q];
+            if (Certify && left)
+                omitted[q] +=
+                    keep_lanes(left, exp_of(estimate[q] + band - selection[q].reference));
+            if (coded) {
+                const f32x16 w = keep_lanes(coded, exp_of(estimate[q] - selection[q].reference));
+                store(weights[q], w);
+                sketched[q] += w;
+                if (Certify) {
+                    // exp(-band) >= 1 - band
+                    sketched_low[q] += keep_lanes(coded, w * max_of(1.0f - band, f32x16{}));
+                    weight_error[q] += keep_lanes(coded, w * (exp_of(band) - 1.0f));
+                    weight_var[q] += keep_lanes(coded, (w * band) * (w * band));
+                }
+            } else {
+                store(weights[q], f32x16{});
+            }
+            all |= keep;
+        }
+        for (; all; all &= all - 1) {
+            const int lane = __builtin_ctz(all);
+            KeptKey& entry = kept[kept_count++];
+            entry.key = first_key + uint32_t(block * 16) + uint32_t(lane);
+            uint32_t flags = 0;
+            for (int q = 0; q < Count; ++q) {
+                entry.weight[q] = weights[q][lane];
+                flags |= ((exact[q] >> lane) & 1u) << q;
+            }
+            for (int q = Count; q < kTile; ++q) entry.weight[q] = 0;
+            entry.exact = flags;
+        }
+    }
+    for (int q = 0; q < Count; ++q) {
+        sums->omitted[q] += sum_of(omitted[q]);
+        sums->sketched[q] += sum_of(sketched[q]);
+        sums->sketched_low[q] += sum_of(sketched_low[q]);
+        sums->weight_error[q] += sum_of(weight_error[q]);
+        sums->weight_var[q] += sum_of(weight_var[q]) / dim;
+    }
+    sums->refined += int64_t(refined_blocks);
+    return kept_count;
+}
+
+size_t select(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, uint32_t first_key,
+              const CodedQuery* queries, int count, const Selection* selection, bool refined,
+              bool certify, const float* estimates, size_t stride, KeptKey* kept,
+              SelectionSums* sums) {
+#define HSR_CASE(N)                                                                               \
+    case N:                                                                                       \
+        return certify ? select_tile<N, true>(high, low, dim, blocks, first_key, queries,         \
+                                              selection, refined, estimates, stride, kept, sums)  \
+                       : select_tile<N, false>(high, low, dim, blocks, first_key, queries,        \
+                                               selection, refined, estimates, stride, kept, sums);
+    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
+#undef HSR_CASE
+    return 0;
+}
+
+// ------------------------------------------------------------------ values
+
+typedef float f32x4 __attribute__((vector_size(16)));
+
+template <int Count>
+inline void accumulate_tile(const uint8_t* rows, int dim, const KeptKey* kept, size_t kept_count,
+                            float* accumulators, float* step_sums, float* step_squares) {
+    const int groups = (dim + kValueGroup - 1) / kValueGroup;
+    const size_t row_bytes = size_t(groups) * 20;
+    for (int g = 0; g < groups; ++g) {
+        f32x16 sum[Count][2];
+        for (int q = 0; q < Count; ++q)
+            for (int h = 0; h < 2; ++h)
+                sum[q][h] = load<f32x16>(accumulators + (size_t(q) * groups + g) * 32 + 16 * h);
+        f32x4 offsets = {}, steps = {}, squares4 = {};
+        for (size_t i = 0; i < kept_count; ++i) {
+            const f32x4 weight = load<f32x4>(kept[i].weight);
+            const uint8_t* row = rows + kept[i].key * row_bytes;
+            uint32_t parameters;
+            __builtin_memcpy(&parameters, row + size_t(groups) * 16 + 4 * g, 4);
+            const float step = bfloat16_value(uint16_t(parameters)),
+                        offset = bfloat16_value(uint16_t(parameters >> 16));
+            f32x16 first, second;
+            decode_group(row + 16 * g, first, second);
+            const f32x4 scaled = weight * step;
+            offsets += weight * offset;
+            steps += scaled;
+            squares4 += scaled * scaled;
+            for (int q = 0; q < Count; ++q) {
+                sum[q][0] += scaled[q] * first;
+                sum[q][1] += scaled[q] * second;
+            }
+        }
+        for (int q = 0; q < Count; ++q) {
+            for (int h = 0; h < 2; ++h)
+                store(accumulators + (size_t(q) * groups + g) * 32 + 16 * h,
+                      sum[q][h] + offsets[q]);
+            step_sums[q * groups + g] += steps[q];
+            step_squares[q * groups + g] += squares4[q];
+        }
+    }
+}
+
+void accumulate_codes(const uint8_t* rows, int dim, const KeptKey* kept, size_t kept_count,
+                      int count, float* accumulators, float* step_sums, float* step_squares) {
+#define HSR_CASE(N) \
+    case N: return accumulate_tile<N>(rows, dim, kept, kept_count, accumulators, step_sums, step_squares);
+    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
+#undef HSR_CASE
+}
+
+// ------------------------------------------------------------------ full precision
+
+float dot(Dtype dtype, const void* row, const float* query, int dim) {
+    f32x16 sum[2] = {};
+    int at = 0;
+    for (; at + 32 <= dim; at += 32)
+        for (int h = 0; h < 2; ++h)
+            sum[h] += load_row(dtype, row, at + 16 * h) * load<f32x16>(query + at + 16 * h);
+    for (; at + 16 <= dim; at += 16)
+        sum[0] += load_row(dtype, row, at) * load<f32x16>(query + at);
+    if (at < dim)
+        sum[1] += load_row_part(dtype, row, at, dim - at) *
+                  load_row_part(Dtype::float32, query, at, dim - at);
+    return sum_of(sum[0] + sum[1]);
+}
+
+inline void add_products64(f64x8& a, f64x8& b, f32x16 x, f32x16 y) {
+    f32x8 xs[2], ys[2];
+    __builtin_memcpy(xs, &x, 64);
+    __builtin_memcpy(ys, &y, 64);
+    a += __builtin_convertvector(xs[0], f64x8) * __builtin_convertvector(ys[0], f64x8);
+    b += __builtin_convertvector(xs[1], f64x8) * __builtin_convertvector(ys[1], f64x8);
+}
+
+double dot64(Dtype dtype, const void* row, const float* query, int dim) {
+    f64x8 a = {}, b = {};
+    int at = 0;
+    for (; at + 16 <= dim; at += 16)
+        add_products64(a, b, load_row(dtype, row, at), load<f32x16>(query + at));
+    if (at < dim)
+        add_products64(a, b, load_row_part(dtype, row, at, dim - at),
+                       load_row_part(Dtype::float32, query, at, dim - at));
+    a += b;
+    return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
+}
+
+void axpy(Dtype dtype, const void* row, float weight, int dim, float* accumulator) {
+    int at = 0;
+    for (; at + 16 <= dim; at += 16)
+        store(accumulator + at, load<f32x16>(accumulator + at) + weight * load_row(dtype, row, at));
+    if (at < dim) {
+        const f32x16 part = load_row_part(dtype, row, at, dim - at);
+        for (int i = at; i < dim; ++i) accumulator[i] += weight * part[i - at];
+    }
+}
+
+// ------------------------------------------------------------------ the flat index
+
+template <int Count>
+inline void flat_tile(Dtype dtype, const void* blocks, int dim, size_t block_count,
+                      const float* queries, const float* thresholds, uint16_t* masks,
+                      size_t stride) {
+    const uint8_t* block = (const uint8_t*)blocks;
+    const size_t bytes = size_t(dim) * 16 * (dtype == Dtype::float32 ? 4 : 2);
+    for (size_t b = 0; b < block_count; ++b, block += bytes) {
+        f32x16 even[Count] = {}, odd[Count] = {};
+        int j = 0;
+        for (; j + 2 <= dim; j += 2) {
+            const f32x16 x = load_row(dtype, block, 16 * j), y = load_row(dtype, block, 16 * j + 16);
+            for (int q = 0; q < Count; ++q) {
+                even[q] += x * queries[q * dim + j];
+                odd[q] += y * queries[q * dim + j + 1];
+            }
+        }
+        if (j < dim)
+            for (int q = 0; q < Count; ++q)
+                even[q] += load_row(dtype, block, 16 * j) * queries[q * dim + j];
+        for (int q = 0; q < Count; ++q)
+            masks[q * stride + b] = uint16_t(mask_not_less(even[q] + odd[q], splat(thresholds[q])));
+    }
+}
+
+void flat_masks(Dtype dtype, const void* blocks, int dim, size_t block_count, const float* queries,
+                int count, const float* thresholds, uint16_t* masks, size_t stride) {
+#define HSR_CASE(N) \
+    case N: return flat_tile<N>(dtype, blocks, dim, block_count, queries, thresholds, masks, stride);
+    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
+#undef HSR_CASE
+}
+
+void flat_block64(Dtype dtype, const void* block, int dim, const float* query, double* scores) {
+    f64x8 a = {}, b = {};
+    for (int j = 0; j < dim; ++j) add_products64(a, b, load_row(dtype, block, 16 * j), splat(query[j]));
+    store(scores, a);
+    store(scores + 8, b);
+}
+
+// ------------------------------------------------------------------ positions above a threshold
+
+size_t positions_from(const float* x, size_t count, float threshold, uint32_t* out) {
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    size_t found = 0, i = 0;
+    for (; i + 16 <= count; i += 16)
+        if (const uint32_t mask = mask_not_less(load<f32x16>(x + i), splat(threshold)))
+            found += compress(mask, lane + int32_t(i), out + found);
+    for (; i < count; ++i)
+        if (!(x[i] < threshold)) out[found++] = uint32_t(i);
+    return found;
+}
+
+size_t count_from(const float* x, size_t count, float threshold) {
+    size_t found = 0, i = 0;
+    for (; i + 16 <= count; i += 16)
+        found += size_t(__builtin_popcount(mask_not_less(load<f32x16>(x + i), splat(threshold))));
+    for (; i < count; ++i) found += !(x[i] < threshold);
+    return found;
+}
+
+}  // namespace
+
+namespace HSR_LEVEL {
+
+#define HSR_TEXT_(x) #x
+#define HSR_TEXT(x) HSR_TEXT_(x)
+
+const Kernels& table();
+const Kernels& table() {
+    static const Kernels all = {
+        HSR_TEXT(HSR_LEVEL), to_float, rotate,  code_keys, code_value,   decode_value,
+        scan, exp_into, mass_below, sum_exp,  refine,  select,    accumulate_codes, bounds,
+        dot,                 dot64,    axpy,    flat_masks, flat_block64, positions_from,
+        count_from};
+    return all;
+}
+
+}  // namespace HSR_LEVEL
+}  // namespace hsr

@@ -1,0 +1,2 @@
+#define HSR_LEVEL scalar
+#include "kernels/loops.h"

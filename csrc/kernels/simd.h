@@ -1,0 +1,218 @@
+// Sixteen lanes, written with the vector extensions of GCC and Clang: the compiler lowers them to whatever
+// the level has. Only four operations differ by level: the 8-bit dot product, compress-store, float16, mask.
+// No include guard games: this header is private to loops.h and lives in its anonymous namespace.
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef uint16_t u16x32 __attribute__((vector_size(64)));
+typedef double f64x8 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+
+template <class V>
+inline V load(const void* from) {
+    V value;
+    __builtin_memcpy(&value, from, sizeof(V));
+    return value;
+}
+template <class V>
+inline void store(void* to, const V& value) {
+    __builtin_memcpy(to, &value, sizeof(V));
+}
+inline f32x16 splat(float x) { return x - f32x16{}; }
+inline i32x16 splat(int32_t x) { return x - i32x16{}; }
+
+inline f32x16 max_of(f32x16 a, f32x16 b) { return a > b ? a : b; }
+inline f32x16 min_of(f32x16 a, f32x16 b) { return a < b ? a : b; }
+inline f32x16 abs_of(f32x16 a) { return (f32x16)((i32x16)a & 0x7fffffff); }
+inline f32x16 to_float16lanes(i32x16 x) { return __builtin_convertvector(x, f32x16); }
+
+inline float sum_of(f32x16 x) {
+    float lanes[16];
+    store(lanes, x);
+    float s[4] = {0, 0, 0, 0};
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 4; ++j) s[j] += lanes[i + j];
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+inline float max_of_lanes(f32x16 x) {
+    float lanes[16];
+    store(lanes, x);
+    float best = lanes[0];
+    for (int i = 1; i < 16; ++i) best = lanes[i] > best ? lanes[i] : best;
+    return best;
+}
+
+inline f32x16 from_bfloat16(u16x16 bits) {
+    return (f32x16)(__builtin_convertvector(bits, u32x16) << 16);
+}
+// Smallest bfloat16 >= x, for x >= 0 (and +inf).
+inline uint16_t bfloat16_up(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return uint16_t((bits + 0xffffu) >> 16);
+}
+inline float bfloat16_value(uint16_t bits) {
+    uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    __builtin_memcpy(&x, &wide, 4);
+    return x;
+}
+
+// exp(x), relative error below 3e-7 for -87 <= x <= 88; 0 below, saturated above. Cody-Waite reduction to
+// |r| <= ln(2)/2 and the Taylor polynomial of degree 7 (next term r^8/8! < 6e-9).
+inline f32x16 exp_of(f32x16 x) {
+    const f32x16 zero = {};
+    i32x16 small = x < splat(-87.0f);
+    x = min_of(x, splat(88.0f));
+    x = small ? zero : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    f32x16 shifted = x * 1.44269504088896341f + magic;
+    f32x16 n = shifted - magic;
+    f32x16 r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    f32x16 p = r * 1.98412698e-4f + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    i32x16 power = (((i32x16)shifted) << 23);  // low bits of shifted hold n
+    p = (f32x16)((i32x16)p + power);
+    return small ? zero : p;
+}
+
+// ---- the operations that differ by level ----
+
+#if defined(__AVX512VNNI__)
+
+inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(digits));
+}
+inline uint32_t mask_ge(f32x16 a, f32x16 b) {
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+}
+inline uint32_t mask_not_less(f32x16 a, f32x16 b) {
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
+}
+inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
+    return (f32x16)_mm512_maskz_mov_ps((__mmask16)mask, (__m512)x);
+}
+inline size_t compress(uint32_t mask, i32x16 values, uint32_t* out) {
+    _mm512_mask_compressstoreu_epi32(out, (__mmask16)mask, (__m512i)values);
+    return size_t(__builtin_popcount(mask));
+}
+inline f32x16 from_float16(u16x16 bits) { return (f32x16)_mm512_cvtph_ps((__m256i)bits); }
+inline i32x16 widen_bytes(u8x16 bytes) { return (i32x16)_mm512_cvtepu8_epi32((__m128i)bytes); }
+inline u8x64 low_nibbles(u8x64 x) { return x & (uint8_t)0x0f; }
+inline u8x64 high_nibbles(u8x64 x) {
+    return (u8x64)_mm512_and_si512(_mm512_srli_epi16((__m512i)x, 4), _mm512_set1_epi8(0x0f));
+}
+
+#else
+
+inline uint32_t bits_of(i32x16 truth) {
+#if defined(__AVX2__)
+    __m256i halves[2];
+    __builtin_memcpy(halves, &truth, 64);
+    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(halves[0]))) |
+           uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(halves[1]))) << 8;
+#else
+    int32_t lanes[16];
+    store(lanes, truth);
+    uint32_t mask = 0;
+    for (int i = 0; i < 16; ++i) mask |= uint32_t(lanes[i] & 1) << i;
+    return mask;
+#endif
+}
+inline uint32_t mask_ge(f32x16 a, f32x16 b) { return bits_of(a >= b); }
+inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return bits_of(~(a < b)); }
+inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
+    const i32x16 bit = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                        1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    return ((splat(int32_t(mask)) & bit) != 0) ? x : f32x16{};
+}
+inline size_t compress(uint32_t mask, i32x16 values, uint32_t* out) {
+    int32_t lanes[16];
+    store(lanes, values);
+    size_t count = 0;
+    for (; mask; mask &= mask - 1) out[count++] = uint32_t(lanes[__builtin_ctz(mask)]);
+    return count;
+}
+inline i32x16 widen_bytes(u8x16 bytes) { return __builtin_convertvector(bytes, i32x16); }
+inline u8x64 low_nibbles(u8x64 x) { return x & (uint8_t)0x0f; }
+inline u8x64 high_nibbles(u8x64 x) { return (u8x64)((u16x32)x >> 4) & (uint8_t)0x0f; }
+
+#if defined(__AVX2__)
+// Products of a code <= 15 and a digit >= -127: a pair sums to at most 2 * 15 * 127 = 3810 < 32767,
+// so the saturating 16-bit addition of maddubs never saturates.
+inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
+    __m256i c[2], s[2];
+    __builtin_memcpy(c, &codes, 64);
+    __builtin_memcpy(s, &sum, 64);
+    const __m256i q = _mm256_set1_epi32(digits), ones = _mm256_set1_epi16(1);
+    for (int half = 0; half < 2; ++half)
+        s[half] = _mm256_add_epi32(
+            s[half], _mm256_madd_epi16(_mm256_maddubs_epi16(c[half], q), ones));
+    __builtin_memcpy(&sum, s, 64);
+    return sum;
+}
+inline f32x16 from_float16(u16x16 bits) {
+    __m128i h[2];
+    __builtin_memcpy(h, &bits, 32);
+    __m256 f[2] = {_mm256_cvtph_ps(h[0]), _mm256_cvtph_ps(h[1])};
+    f32x16 out;
+    __builtin_memcpy(&out, f, 64);
+    return out;
+}
+#else
+inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
+    u8x64 c = codes;
+    const u32x16 w = (u32x16)c;
+    const i32x16 q0 = splat(int32_t(int8_t(digits))), q1 = splat(int32_t(int8_t(digits >> 8))),
+                 q2 = splat(int32_t(int8_t(digits >> 16))), q3 = splat(int32_t(int8_t(digits >> 24)));
+    return sum + (i32x16)(w & 0xff) * q0 + (i32x16)((w >> 8) & 0xff) * q1 +
+           (i32x16)((w >> 16) & 0xff) * q2 + (i32x16)(w >> 24) * q3;
+}
+inline f32x16 from_float16(u16x16 bits) {
+    uint16_t h[16];
+    float f[16];
+    store(h, bits);
+    for (int i = 0; i < 16; ++i) {
+        // Exponent and mantissa moved to float32 place, then times 2^112: exact for normal and
+        // subnormal halves; infinity and NaN get the largest exponent back.
+        uint32_t magnitude = uint32_t(h[i] & 0x7fffu) << 13, sign = uint32_t(h[i] & 0x8000u) << 16;
+        float x;
+        __builtin_memcpy(&x, &magnitude, 4);
+        x *= 5.192296858534828e33f;
+        uint32_t y;
+        __builtin_memcpy(&y, &x, 4);
+        if ((h[i] & 0x7c00u) == 0x7c00u) y |= 0x7f800000u;
+        y |= sign;
+        __builtin_memcpy(&f[i], &y, 4);
+    }
+    return load<f32x16>(f);
+}
+#endif
+#endif
+
+inline f32x16 load_row(Dtype dtype, const void* row, int at) {
+    if (dtype == Dtype::float32) return load<f32x16>((const float*)row + at);
+    const u16x16 bits = load<u16x16>((const uint16_t*)row + at);
+    return dtype == Dtype::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
+}
+// The last, partial sixteen of a row; lanes past the end are zero.
+inline f32x16 load_row_part(Dtype dtype, const void* row, int at, int lanes) {
+    if (dtype == Dtype::float32) {
+        f32x16 x = {};
+        __builtin_memcpy(&x, (const float*)row + at, size_t(lanes) * 4);
+        return x;
+    }
+    u16x16 bits = {};
+    __builtin_memcpy(&bits, (const uint16_t*)row + at, size_t(lanes) * 2);
+    return dtype == Dtype::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
+}

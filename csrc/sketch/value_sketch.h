@@ -1,0 +1,37 @@
+// 4-bit codes of the values of one head, and the range of every coordinate.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "store/buffer.h"
+#include "store/row_store.h"
+
+namespace hsr {
+
+class ValueSketch {
+public:
+    explicit ValueSketch(int dim)
+        : least_(size_t(dim), std::numeric_limits<float>::infinity()),
+          most_(size_t(dim), -std::numeric_limits<float>::infinity()), dim_(dim) {}
+
+    size_t coded() const { return coded_; }
+    size_t nbytes() const { return coded_ * value_stride(dim_); }
+    const uint8_t* rows() const { return rows_.data(); }
+    // Per coordinate, over every value ever appended (cropped ones too: still a bound).
+    const std::vector<float>& least() const { return least_; }
+    const std::vector<float>& most() const { return most_; }
+
+    void code(const RowStore& values, int head, size_t until);
+    void widen(const float* row);
+    void crop(size_t keys) { coded_ = keys < coded_ ? keys : coded_; }
+
+private:
+    std::vector<float> least_, most_;
+    int dim_;
+    size_t coded_ = 0;
+    Buffer rows_;
+};
+
+}  // namespace hsr

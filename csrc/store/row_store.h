@@ -1,0 +1,61 @@
+// Full-precision rows in their own dtype, token-major: [n][heads][dim]. Appending never moves a token, and
+// one head is a strided [n, dim] array that other libraries can read in place.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels/kernels.h"
+#include "store/buffer.h"
+
+namespace hsr {
+
+// A view of [batch, heads, tokens, dim] in memory, strides in elements.
+struct TokenArray {
+    Dtype dtype;
+    const void* data;
+    int64_t batch, heads, tokens, dim;
+    int64_t batch_stride, head_stride, token_stride, dim_stride;
+
+    // Row of one (batch, head, token) as float32.
+    void read(int64_t b, int64_t h, int64_t t, float* row) const;
+    // Index of the first (b, h, t, i) that is NaN, infinite or above `limit` in size, or false.
+    bool find_bad(float limit, int64_t place[4]) const;
+};
+
+class RowStore {
+public:
+    RowStore(int heads, int dim, Dtype dtype);
+    RowStore(const RowStore&);
+    RowStore(RowStore&&) = default;
+
+    int heads() const { return heads_; }
+    int dim() const { return dim_; }
+    Dtype dtype() const { return dtype_; }
+    size_t size() const { return size_; }
+    size_t nbytes() const { return size_ * row_bytes_ * size_t(heads_); }
+    size_t row_bytes() const { return row_bytes_; }
+    size_t token_bytes() const { return row_bytes_ * size_t(heads_); }
+
+    const uint8_t* row(size_t token, int head) const {
+        return buffer_->data() + token * token_bytes() + size_t(head) * row_bytes_;
+    }
+    void append(const TokenArray& array);
+    void crop(size_t size) { size_ = size; }
+    // Token rows become rows[sources[0]], rows[sources[1]], ...: `heads_per_row` heads each.
+    void reorder(const int64_t* sources, size_t count, int heads_per_row);
+    void keep(const size_t* tokens, size_t count);  // ascending
+
+    // For a reader outside: while it is held, growing allocates anew instead of moving the memory.
+    std::shared_ptr<const Buffer> share() const { return buffer_; }
+
+private:
+    void reserve(size_t bytes);
+
+    int heads_, dim_;
+    Dtype dtype_;
+    size_t row_bytes_, size_ = 0;
+    std::shared_ptr<Buffer> buffer_ = std::make_shared<Buffer>();
+};
+
+}  // namespace hsr

@@ -1,0 +1,173 @@
+#include "threads.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace hsr {
+namespace {
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+int threads_from_environment() {
+    const char* text = std::getenv("HSR_NUM_THREADS");
+    if (!text || !*text) return std::max(1u, std::thread::hardware_concurrency());
+    char* end = nullptr;
+    const long count = std::strtol(text, &end, 10);
+    if (*end || count < 1 || count > 1024)
+        throw std::invalid_argument(std::string("HSR_NUM_THREADS must be an integer in [1, 1024], got '") +
+                                    text + "'");
+    return int(count);
+}
+
+std::atomic<int>& thread_count() {
+    static std::atomic<int> count{threads_from_environment()};
+    return count;
+}
+std::atomic<GompParallel> gomp{nullptr};
+
+void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+struct Job {
+    const std::function<void(size_t)>* body;
+    size_t tasks;
+    std::atomic<size_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;
+    std::mutex error_mutex;
+
+    void work() {
+        for (size_t task; (task = next++) < tasks;) {
+            try {
+                (*body)(task);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(error_mutex);
+                if (!failed.exchange(true)) error = std::current_exception();
+            }
+        }
+    }
+};
+
+class Pool {
+public:
+    explicit Pool(int workers) {
+        for (int i = 0; i < workers; ++i) threads_.emplace_back([this] { loop(); });
+    }
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+            ++generation_;
+        }
+        wake_.notify_all();
+        for (auto& thread : threads_) thread.join();
+    }
+    int workers() const { return int(threads_.size()); }
+
+    void run(Job& job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_ = &job;
+            pending_ = workers();
+            ++generation_;
+        }
+        wake_.notify_all();
+        job.work();
+        while (pending_.load(std::memory_order_acquire) > 0) relax();
+    }
+
+private:
+    void loop() {
+        uint64_t seen = 0;
+        for (;;) {
+            // A short spin catches the next loop of the same call; then sleep, to leave the core alone.
+            for (int i = 0; i < 2000 && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return generation_ != seen; });
+                seen = generation_;
+                if (stop_) return;
+            }
+            job_->work();
+            pending_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    std::vector<std::thread> threads_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::atomic<uint64_t> generation_{0};
+    std::atomic<int> pending_{0};
+    Job* job_ = nullptr;
+    bool stop_ = false;
+};
+
+std::mutex pool_mutex;
+// Never destroyed: worker threads may outlive static destructors at exit.
+Pool* pool = nullptr;
+
+// In a forked child the workers do not exist; forget the pool and start a new one on demand.
+void forget_pool() {
+    new (&pool_mutex) std::mutex;
+    pool = nullptr;
+}
+
+}  // namespace
+
+int num_threads() { return thread_count(); }
+
+void set_num_threads(int count) {
+    if (count < 1 || count > 1024)
+        throw std::invalid_argument("num_threads must be in [1, 1024], got " + std::to_string(count));
+    thread_count() = count;
+}
+
+void set_openmp(uintptr_t address) { gomp = reinterpret_cast<GompParallel>(address); }
+bool uses_openmp() { return gomp.load() != nullptr; }
+
+void parallel_for(size_t tasks, const std::function<void(size_t)>& body) {
+    Job job;
+    job.body = &body;
+    job.tasks = tasks;
+    const int wanted = int(std::min<size_t>(tasks, size_t(num_threads())));
+    if (wanted <= 1) {
+        job.work();
+    } else if (const GompParallel parallel = gomp.load()) {
+        parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, unsigned(wanted), 0);
+    } else {
+        std::unique_lock<std::mutex> lock(pool_mutex, std::try_to_lock);
+        if (!lock.owns_lock()) {
+            job.work();
+        } else {
+            static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+            (void)registered;
+            if (pool && pool->workers() != num_threads() - 1) {
+                delete pool;
+                pool = nullptr;
+            }
+            if (!pool) pool = new Pool(num_threads() - 1);
+            pool->run(job);
+        }
+    }
+    if (job.failed) std::rethrow_exception(job.error);
+}
+
+}  // namespace hsr

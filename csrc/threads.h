@@ -1,0 +1,24 @@
+// A loop over independent tasks on a few threads. One pool a process, created on first use; a call from a
+// second thread while the pool is busy runs its own loop alone, so callers never wait for each other.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace hsr {
+
+int num_threads();
+void set_num_threads(int count);  // >= 1
+
+// Run on the threads of the OpenMP run-time that is already in the process (the address of its
+// GOMP_parallel), or on our own pool again (0). Two pools on the same cores slow each other: libgomp's
+// threads spin for a while after each of their loops.
+void set_openmp(uintptr_t gomp_parallel);
+bool uses_openmp();
+
+// Calls body(task) for every task in [0, tasks). The first exception thrown by a task is thrown again here,
+// after all tasks have ended.
+void parallel_for(size_t tasks, const std::function<void(size_t task)>& body);
+
+}  // namespace hsr

@@ -1,0 +1,40 @@
+"""The certificate returned with an answer: what it is off by at most, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Bounds for one call of attention; arrays are float32 [batch, heads, m].
+
+    Attributes
+    ----------
+    error_bound
+        Deterministic: |out - exact|_inf <= error_bound, in the units of the values. Derived in
+        ``DESIGN.md``, "The certificate".
+    estimated_error
+        An *estimate* of the same error, for rounding errors of codes that are independent. Not a
+        bound.
+    omitted_mass
+        Deterministic bound of the share of the softmax mass on keys that were left out.
+    density
+        Keys that entered the answer, as a share of those the query may see.
+    lse
+        log of the sum of exp(logit) over the kept keys (ReLU: log of the sum of weights).
+    work
+        Counters: pairs ``sketch_scored``, ``refined`` to 8 bits, ``full_scored``; pairs answered from
+        codes (``sketched``); tiles of queries by kind of scan (``scanned_four``, ``scanned_eight``,
+        ``scanned_full``); selections repeated to meet epsilon (``selected_again``).
+    """
+
+    error_bound: NDArray[np.float32]
+    estimated_error: NDArray[np.float32]
+    omitted_mass: NDArray[np.float32]
+    density: NDArray[np.float32]
+    lse: NDArray[np.float32]
+    work: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,47 @@
+"""``relu_attention``: ReLU^alpha attention, where half-space reporting is exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from hsr_attention.policies import ReLUPolicy
+from hsr_attention.prefill import attend_once
+from hsr_attention.thresholds import ThresholdRule
+
+
+def relu_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    threshold: ArrayLike | ThresholdRule,
+    power: int = 1,
+    scale: float | None = None,
+    is_causal: bool = False,
+    mask: Any = None,
+    return_certificate: bool = False,
+) -> Any:
+    """ReLU^power attention (paper, Definition 1.2): equal to dense, over the reported keys only.
+
+    out = sum_j w_j v_j / sum_j w_j with w_j = max(scale <q, k_j> - threshold, 0)^power: only keys with
+    scale <q, k_j> > threshold matter, and an exact report finds all of them. Logits of reported keys
+    are computed in float64. A row without such a key is zero.
+
+    Parameters
+    ----------
+    q : [batch, heads, m, head_dim]
+    k, v : [batch, kv_heads, n, head_dim], [batch, kv_heads, n, value_dim]
+    threshold : number, [heads], anything that broadcasts to [batch, heads, m], or a rule
+        b of the paper, in logit units; ``thresholds.Gaussian()`` keeps about n^(4/5) keys.
+    power : int >= 1
+        alpha of the paper.
+    scale, is_causal, mask, return_certificate
+        As in ``softmax_attention``.
+    """
+    policy = ReLUPolicy(threshold=threshold, power=power)  # type: ignore[arg-type]
+    out, certificate = attend_once(
+        policy, q, k, v, scale, is_causal, mask, certify=return_certificate
+    )
+    return (out, certificate) if return_certificate else out

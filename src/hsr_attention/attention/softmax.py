@@ -1,0 +1,65 @@
+"""``softmax_attention``: softmax over the keys that matter, with a bound of the error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from hsr_attention.attention.certificate import Certificate
+from hsr_attention.policies import SoftmaxPolicy
+from hsr_attention.prefill import attend_once
+
+
+def softmax_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    top_r: int | None = None,
+    epsilon: float | None = None,
+    threshold: ArrayLike | None = None,
+    tail: str = "sketch",
+    scale: float | None = None,
+    is_causal: bool = False,
+    mask: Any = None,
+    return_certificate: bool = False,
+) -> Any:
+    """Softmax attention by half-space reporting, as torch's ``scaled_dot_product_attention``.
+
+    out = sum_j w_j v_j / sum_j w_j with w_j = exp(scale <q, k_j>) over the keys a rule keeps (paper,
+    Definition 1.1 and Theorem 4.2). Give one rule, or none for ``epsilon=0.005``:
+
+    - ``epsilon``: keep enough keys that the omitted share of the mass is at most epsilon;
+    - ``top_r``: the r largest logits at full precision;
+    - ``threshold``: logits >= threshold at full precision; a number, one a head, or one a query.
+
+    Parameters
+    ----------
+    q : [batch, heads, m, head_dim]
+    k, v : [batch, kv_heads, n, head_dim], [batch, kv_heads, n, value_dim]
+        numpy or torch (CPU); float32, bfloat16 or float16. heads must be a multiple of kv_heads.
+    tail : "sketch" or "drop"
+        Weigh the keys outside the exact set from their codes, or leave them out as the paper does.
+    scale : float, optional
+        1 / sqrt(head_dim) by default.
+    is_causal : bool
+        Query i sees keys 0 .. i (aligned at the start, as in torch).
+    mask : bool [batch or 1, m or 1, n], optional
+        True where a key may be seen.
+    return_certificate : bool
+        Return ``(out, Certificate)``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, dtypes, ranges, two rules at once, or numbers that are not finite.
+    """
+    policy = SoftmaxPolicy(epsilon=epsilon, top_r=top_r, threshold=threshold, tail=tail)  # type: ignore[arg-type]
+    out, certificate = attend_once(
+        policy, q, k, v, scale, is_causal, mask, certify=return_certificate
+    )
+    return (out, certificate) if return_certificate else out
+
+
+__all__ = ["Certificate", "softmax_attention"]

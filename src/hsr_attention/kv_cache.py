@@ -1,0 +1,245 @@
+"""Keys, values and codes of one attention layer: what decoding attends over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hsr_attention import _native, arguments
+from hsr_attention.attention.certificate import Certificate
+from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
+from hsr_attention.thresholds import ThresholdRule
+
+
+class KVCache:
+    """The growing cache of one layer: full-precision keys and values, and their codes.
+
+    Rows stand token by token, ``[n, batch, kv_heads, head_dim]``, in the dtype they came in, so
+    appending never moves a token. Every 16 keys become a block of codes (certified 8-bit keys in two
+    planes, 4-bit values); the newest, uncoded keys are always read at full precision.
+
+    Parameters
+    ----------
+    policy : SoftmaxPolicy or ReLUPolicy
+        Decides for every ``attend``.
+
+    Examples
+    --------
+    >>> import numpy as np, hsr_attention as hsr
+    >>> rng = np.random.default_rng(0)
+    >>> layer = hsr.KVCache(hsr.SoftmaxPolicy(epsilon=0.05))
+    >>> k, v = rng.standard_normal((2, 1, 2, 1000, 64), dtype=np.float32)
+    >>> layer.append(k, v)
+    >>> q = rng.standard_normal((1, 6, 1, 64), dtype=np.float32)  # 3 query heads share a key head
+    >>> layer.attend(q).shape
+    (1, 6, 1, 64)
+    """
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.policy: Policy = SoftmaxPolicy() if policy is None else policy
+        if not isinstance(self.policy, SoftmaxPolicy | ReLUPolicy):
+            raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
+        self._layer: Any = None
+
+    def __len__(self) -> int:
+        """Return the number of cached tokens."""
+        return 0 if self._layer is None else len(self._layer)
+
+    def __repr__(self) -> str:
+        """Return the policy and the shapes."""
+        if self._layer is None:
+            return f"KVCache({self.policy!r}, empty)"
+        layer = self._layer
+        return (
+            f"KVCache({self.policy!r}, batch={layer.batch}, kv_heads={layer.kv_heads}, "
+            f"n={len(self)}, head_dim={layer.key_dim})"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and codes."""
+        return self.row_nbytes + self.code_nbytes
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of the full-precision keys and values."""
+        return 0 if self._layer is None else self._layer.row_nbytes
+
+    @property
+    def code_nbytes(self) -> int:
+        """Bytes of the codes with their steps and residuals."""
+        return 0 if self._layer is None else self._layer.code_nbytes
+
+    def append(self, keys: Any, values: Any) -> None:
+        """Add tokens: keys [batch, kv_heads, t, head_dim], values [batch, kv_heads, t, value_dim].
+
+        Raises
+        ------
+        TypeError
+            If keys and values (or earlier ones) differ in dtype.
+        ValueError
+            If shapes disagree with each other or with what is cached, or a number is not finite; the
+            cache is then unchanged.
+        """
+        k, v = arguments.heads("keys", keys), arguments.heads("values", values)
+        if k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"values must have [batch, kv_heads, tokens] = {k.shape[:3]} like keys, "
+                f"got {v.shape[:3]}"
+            )
+        if v.dtype is not k.dtype:
+            raise TypeError(f"values must be {k.dtype.name} like keys, got {v.dtype.name}")
+        layer = self._layer
+        if layer is None:
+            if 0 in k.shape[:2]:
+                raise ValueError(f"keys must have batch and kv_heads >= 1, got {k.shape}")
+            layer = _native.LayerCache(
+                k.shape[0],
+                k.shape[1],
+                k.shape[3],
+                v.shape[3],
+                int(k.dtype),
+                _reads_value_codes(self.policy),
+            )
+        else:
+            expected = (layer.batch, layer.kv_heads, layer.key_dim, layer.value_dim)
+            found = (*k.shape[:2], k.shape[3], v.shape[3])
+            if found != expected:
+                raise ValueError(
+                    "keys and values must have (batch, kv_heads, head_dim, value_dim) = "
+                    f"{expected} like the cache, got {found}"
+                )
+            if int(k.dtype) != layer.dtype:
+                name = arguments.Dtype(layer.dtype).name
+                raise TypeError(f"keys must be {name} like the cache, got {k.dtype.name}")
+        layer.append(k.bits, v.bits)
+        self._layer = layer
+
+    def crop(self, n: int) -> None:
+        """Keep the first n tokens (all of them if there are fewer)."""
+        if isinstance(n, bool) or not isinstance(n, int | np.integer):
+            raise TypeError(f"n must be an integer, got {n!r}")
+        if n < 0:
+            raise ValueError(f"n must be >= 0, got {n}")
+        if self._layer is not None and n < len(self):
+            self._layer.crop(int(n))
+
+    def reorder(self, batch_indices: ArrayLike) -> None:
+        """Make row i the former row ``batch_indices[i]``: permute, repeat or select batch rows."""
+        if self._layer is None:
+            return
+        given = batch_indices.detach() if arguments.is_torch(batch_indices) else batch_indices
+        rows = np.asarray(given)
+        if rows.ndim != 1 or rows.size == 0 or rows.dtype.kind not in "iu":
+            raise ValueError(
+                f"batch_indices must be integers of shape [batch], got {rows.dtype} {rows.shape}"
+            )
+        if rows.min() < 0 or rows.max() >= self._layer.batch:
+            raise ValueError(
+                f"batch_indices must lie in [0, {self._layer.batch}), got {rows.min()}..{rows.max()}"
+            )
+        self._layer.reorder(np.ascontiguousarray(rows, dtype=np.int64))
+
+    def rows(self) -> tuple[arguments.FloatArray, arguments.FloatArray]:
+        """Return keys and values [batch, kv_heads, n, dim] as read-only views without a copy."""
+        if self._layer is None:
+            raise ValueError("the cache is empty")
+        dtype = arguments.Dtype(self._layer.dtype)
+        views = self._layer.keys(), self._layer.values()
+        for view in views:
+            view.flags.writeable = False
+        return arguments.FloatArray(views[0], dtype), arguments.FloatArray(views[1], dtype)
+
+    def attend(
+        self,
+        q: Any,
+        scale: float | None = None,
+        *,
+        mask: Any = None,
+        return_certificate: bool = False,
+    ) -> Any:
+        """Attend from the newest m positions, causal among themselves.
+
+        Parameters
+        ----------
+        q : [batch, heads, m, head_dim]
+            heads must be a multiple of kv_heads; query head h reads key head h // (heads / kv_heads).
+        scale : float, optional
+            logit = scale * <q, k>; 1 / sqrt(head_dim) by default.
+        mask : bool [batch or 1, m or 1, n], optional
+            True where a key may be seen, besides causality (left padding, for example).
+        return_certificate : bool
+            Return ``(out, Certificate)``.
+
+        Returns
+        -------
+        [batch, heads, m, value_dim], of the kind and dtype of q. Rows that may see no key are zero.
+        """
+        queries = arguments.heads("q", q)
+        if self._layer is None:
+            raise ValueError("the cache must hold keys before it can be attended to, got 0")
+        m = queries.shape[2]
+        if m > len(self):
+            raise ValueError(f"q must have at most {len(self)} positions (cached tokens), got {m}")
+        visible = np.arange(len(self) - m + 1, len(self) + 1, dtype=np.int64)
+        out, certificate = self._attend(q, queries, visible, scale, mask, return_certificate)
+        return (out, certificate) if return_certificate else out
+
+    def _attend(
+        self,
+        q: Any,
+        queries: arguments.FloatArray,
+        visible: NDArray[np.int64],
+        scale: float | None,
+        mask: Any,
+        certify: bool,
+    ) -> tuple[Any, Certificate]:
+        layer, policy = self._layer, self.policy
+        batch, heads, m, dim = queries.shape
+        if batch != layer.batch:
+            raise ValueError(f"q must have batch {layer.batch} like the keys, got {batch}")
+        if dim != layer.key_dim:
+            raise ValueError(f"q must have head_dim {layer.key_dim} like the keys, got {dim}")
+        if heads == 0 or heads % layer.kv_heads:
+            raise ValueError(
+                f"q must have a multiple of kv_heads = {layer.kv_heads} heads, got {heads}"
+            )
+        scale = arguments.scale(scale, dim)
+        softmax = isinstance(policy, SoftmaxPolicy)
+        out, bound, estimate, omitted, density, lse, work = layer.attend(
+            queries.bits,
+            int(queries.dtype),
+            visible,
+            rule=policy.rule,
+            sketch_tail=_reads_value_codes(policy),
+            scale=scale,
+            epsilon=policy.epsilon or policy.tail_epsilon if softmax else 0.5,
+            exact_share=policy.exact_share if softmax else 0.5,
+            top_r=(policy.top_r or 0) if softmax else 0,
+            power=1 if softmax else policy.power,
+            certify=certify and (not softmax or policy.certify),
+            thresholds=self._thresholds(queries, scale),
+            mask=None if mask is None else arguments.key_mask(mask, batch, m, len(self)),
+        )
+        if rounding := arguments.output_rounding(q):
+            bound = bound + rounding * np.abs(out).max(axis=-1, initial=0.0)
+        return arguments.like(q, out), Certificate(bound, estimate, omitted, density, lse, work)
+
+    def _thresholds(self, queries: arguments.FloatArray, scale: float) -> NDArray | None:
+        rule = self.policy.threshold
+        if rule is None:
+            return None
+        shape = queries.shape[:3]
+        if isinstance(rule, ThresholdRule):
+            key_rms = self._layer.key_rms()
+            group = shape[1] // self._layer.kv_heads
+            rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), len(self), scale)
+        return arguments.attention_thresholds(rule, shape)
+
+
+def _reads_value_codes(policy: Policy) -> bool:
+    return isinstance(policy, SoftmaxPolicy) and policy.tail == "sketch"
+
+
