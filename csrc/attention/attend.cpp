@@ -315,8 +315,7 @@ private:
                     break;
                 case Rule::epsilon:
                     selection.threshold = tail_threshold(tile, q);
-                    selection.exact_from = settings_.sketch_tail ? std::max(selection.threshold, float(log_mass + std::log(settings_.exact_share)))
-                                                                 : selection.threshold;
+                    selection.exact_from = settings_.sketch_tail ? float(log_mass + std::log(settings_.exact_share)) : -kInf;
                     break;
             }
         }
@@ -353,7 +352,10 @@ private:
         kernels().exp_into(uppers, count, reference, upper_weights);
         // 0.7: a margin for the sampling, so that a second selection is rare.
         const double allowed = 0.7 * settings_.epsilon * tile.mass[q] / double(step);
-        float low = reference - 80.0f, high = reference;
+        // A key that alone holds more than epsilon of the mass cannot be left out.
+        float low = reference - 80.0f,
+              high = reference + float(std::log(settings_.epsilon * std::max(tile.mass[q], 1e-300)));
+        high = std::clamp(high, low, reference);
         for (int i = 0; i < 14; ++i) {
             const float middle = 0.5f * (low + high);
             (kernels().mass_below(estimates, uppers, weights, upper_weights, count, middle) <= allowed ? low : high) = middle;
@@ -550,7 +552,6 @@ private:
             Selection& selection = tile.selection[q];
             selection.threshold -= 1.0f;
             if (selection.threshold < selection.reference - 80.0f) selection.threshold = -kInf;
-            if (!settings_.sketch_tail) selection.exact_from = selection.threshold;
             return false;
         }
         const size_t place = tile.place[q];
