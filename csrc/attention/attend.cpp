@@ -16,6 +16,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
 constexpr size_t kChunkBlocks = 128;             // 2,048 keys: their estimates fit the first cache
 constexpr size_t kChunkKeys = kChunkBlocks * kBlock;
+constexpr size_t kSelectBlocks = 64;             // selected at a time: the lists of kept keys stay in cache too
 constexpr size_t kWorkspaceFloats = 4u << 20;    // estimates alive at once: 16 MiB
 constexpr size_t kSampleBlocks = 128;
 
@@ -48,7 +49,6 @@ struct Tile {
     int64_t visible[kTile], seen[kTile];
     double norm[kTile], float_slack[kTile], reference[kTile], mass[kTile];
     double threshold[kTile];  // of the rule, in logits
-    float centre_shift[kTile];
     PreparedQuery prepared[kTile];
     CodedQuery coded[kTile];
     float vector[kTile][kMaxHeadDim];
@@ -61,8 +61,23 @@ struct Tile {
     size_t partial_at;
 };
 
+struct KeptLists {
+    static constexpr size_t capacity = kSelectBlocks * kBlock + 16;
+    KeptKeys kept{};
+    std::vector<uint32_t> positions = std::vector<uint32_t>((1 + kTile) * capacity);
+    std::vector<float> scaled;
+
+    void reserve(int groups) {
+        if (scaled.size() < size_t(groups) * kTile * capacity) scaled.resize(size_t(groups) * kTile * capacity);
+        kept.capacity = capacity;
+        kept.keys = positions.data();
+        kept.scaled = scaled.data();
+        for (int q = 0; q < kTile; ++q) kept.exact[q] = positions.data() + size_t(1 + q) * capacity;
+    }
+};
+
 struct Workspace {
-    std::vector<float> estimates, accumulators, step_sums, step_squares, scratch;
+    std::vector<float> estimates, accumulators, offsets, steps, squares;
     std::vector<Partial> partials;
     std::vector<double> chunk_mass;
     std::vector<float> chunk_top;
@@ -97,8 +112,11 @@ private:
     bool exact_rule() const {
         return relu() || (!settings_.sketch_tail && settings_.rule != Rule::epsilon);
     }
+    // Candidates of all chunks are needed before the r largest are known.
+    bool collects() const { return settings_.rule == Rule::top_r && !settings_.sketch_tail; }
+    bool reads_value_codes() const { return !relu() && settings_.sketch_tail; }
     bool certify() const {
-        return !relu() && (settings_.certify || settings_.rule == Rule::epsilon || settings_.sketch_tail);
+        return !relu() && (settings_.certify || settings_.rule == Rule::epsilon);
     }
 
     const uint8_t* mask_row(const Tile& tile, int q) const {
@@ -133,8 +151,7 @@ private:
         space.chunk_mass.resize(pieces * kTile);
         space.chunk_top.resize(pieces * kTile);
         space.accumulators.resize(pieces * kTile * size_t(groups_) * kValueGroup);
-        space.step_sums.resize(pieces * kTile * size_t(groups_));
-        space.step_squares.resize(pieces * kTile * size_t(groups_));
+        for (auto* sums : {&space.offsets, &space.steps, &space.squares}) sums->resize(pieces * kTile * size_t(groups_));
     }
 
     void prepare(Tile& tile, size_t index, size_t tiles_per_head) {
@@ -207,7 +224,7 @@ private:
         std::vector<size_t> pieces(chunks_of_wave_.size());
         for (size_t i = 0; i < pieces.size(); ++i) pieces[i] = i;
         for (;;) {
-            space_->candidates.resize(settings_.rule == Rule::top_r && !settings_.sketch_tail ? chunks_of_wave_.size() * kTile : 0);
+            space_->candidates.resize(collects() ? chunks_of_wave_.size() * kTile : 0);
             parallel_for(pieces.size(), [&](size_t i) {
                 const auto [t, c] = chunks_of_wave_[pieces[i]];
                 select_chunk(tiles_[t], c);
@@ -323,8 +340,6 @@ private:
 
     static float below(double x) { return std::nextafter(float(x), -kInf); }
 
-    const CodedQuery& coded(const Tile& tile, int q) const { return tile.coded[q]; }
-
     // A threshold that is likely to omit a little less than epsilon of the mass: found by bisection on a
     // sample of the keys. `finish` measures what was omitted and asks again if it was too much.
     float tail_threshold(Tile& tile, int q) {
@@ -402,81 +417,83 @@ private:
     // ---- stage 3: selection, and the sums over what was selected
 
     void select_chunk(Tile& tile, size_t chunk) {
-        const size_t first = chunk * kChunkBlocks, count = std::min(kChunkBlocks, tile.blocks - first);
         const size_t piece = tile.partial_at + chunk, width = size_t(groups_) * kValueGroup;
-        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
-        static thread_local std::vector<KeptKey> kept(kChunkKeys);
+        const size_t sums_at = piece * kTile * size_t(groups_);
         Partial& part = space_->partials[piece];
         part = Partial();
         float* accumulators = space_->accumulators.data() + piece * kTile * width;
-        float* step_sums = space_->step_sums.data() + piece * kTile * size_t(groups_);
-        float* step_squares = space_->step_squares.data() + piece * kTile * size_t(groups_);
+        SelectionSums sums{};
+        sums.offsets = space_->offsets.data() + sums_at;
+        sums.steps = space_->steps.data() + sums_at;
+        sums.squares = space_->squares.data() + sums_at;
         std::fill(accumulators, accumulators + kTile * width, 0.0f);
-        std::fill(step_sums, step_sums + kTile * size_t(groups_), 0.0f);
-        std::fill(step_squares, step_squares + kTile * size_t(groups_), 0.0f);
-
-        size_t kept_count;
-        if (tile.scan == Scan::full) {
-            kept_count = select_full(tile, first * kBlock, count * kBlock, kept.data(), part);
-        } else {
-            SelectionSums sums{};
-            kept_count = kernels().select(sketch.high(first), sketch.low(first), cache_.key_dim(), count,
-                                          uint32_t(first * kBlock), tile.coded, tile.count, tile.selection,
-                                          tile.scan == Scan::eight, certify(), tile.estimates + first * kBlock,
-                                          tile.stride, kept.data(), &sums);
-            for (int q = 0; q < tile.count; ++q) {
-                part.omitted[q] = sums.omitted[q];
-                part.sketched[q] = sums.sketched[q];
-                part.sketched_low[q] = sums.sketched_low[q];
-                part.weight_error[q] = sums.weight_error[q];
-                part.weight_var[q] = sums.weight_var[q];
-            }
-            part.refined = sums.refined;
-        }
-        const bool collect = settings_.rule == Rule::top_r && !settings_.sketch_tail;
-        if (collect)
+        for (float* s : {sums.offsets, sums.steps, sums.squares}) std::fill(s, s + kTile * size_t(groups_), 0.0f);
+        if (collects())
             for (int q = 0; q < tile.count; ++q) space_->candidates[piece * kTile + size_t(q)].clear();
-        size_t coded_count = 0;
-        for (size_t i = 0; i < kept_count; ++i) {
-            const KeptKey entry = kept[i];
-            bool from_codes = false;
+
+        static thread_local KeptLists lists;
+        lists.reserve(groups_);
+        KeptKeys& kept = lists.kept;
+        const size_t last = std::min((chunk + 1) * kChunkBlocks, tile.blocks);
+        for (size_t first = chunk * kChunkBlocks; first < last; first += kSelectBlocks) {
+            const size_t count = std::min(kSelectBlocks, last - first);
+            if (tile.scan == Scan::full)
+                select_full(tile, first * kBlock, count * kBlock, kept, sums);
+            else
+                select_coded(tile, first, count, kept, sums);
             for (int q = 0; q < tile.count; ++q) {
-                if (entry.exact >> q & 1) {
-                    ++part.exact[q];
-                    ++part.kept[q];
-                    if (collect)
-                        space_->candidates[piece * kTile + size_t(q)].push_back({entry.key, logit(tile, q, entry.key)});
+                part.kept[q] += kept.kept[q];
+                part.exact[q] += int64_t(kept.exact_count[q]);
+                for (size_t i = 0; i < kept.exact_count[q]; ++i) {
+                    const uint32_t key = kept.exact[q][i];
+                    if (collects())
+                        space_->candidates[piece * kTile + size_t(q)].push_back({key, logit(tile, q, key)});
                     else
-                        add_exact(tile, q, entry.key, logit(tile, q, entry.key), part, accumulators + size_t(q) * width);
-                } else if (entry.weight[q] != 0) {
-                    from_codes = true;
-                    ++part.kept[q];
+                        add_exact(tile, q, key, logit(tile, q, key), part, accumulators + size_t(q) * width);
                 }
             }
-            if (from_codes) kept[coded_count++] = entry;
+            if (kept.count)
+                kernels().accumulate_codes(cache_.value_sketch(store_head(tile)).rows(), cache_.value_dim(), &kept,
+                                           tile.count, accumulators);
         }
-        if (coded_count)
-            kernels().accumulate_codes(cache_.value_sketch(store_head(tile)).rows(), cache_.value_dim(), kept.data(),
-                                       coded_count, tile.count, accumulators, step_sums, step_squares);
+        for (int q = 0; q < tile.count; ++q) {
+            part.omitted[q] += sums.omitted[q];
+            part.sketched[q] = sums.sketched[q];
+            part.sketched_low[q] = sums.sketched_low[q];
+            part.weight_error[q] = sums.weight_error[q];
+            part.weight_var[q] = sums.weight_var[q];
+            for (int g = 0; g < groups_; ++g)
+                for (int i = 0; i < kValueGroup; ++i)
+                    accumulators[size_t(q) * width + size_t(g * kValueGroup + i)] += sums.offsets[q * groups_ + g];
+        }
+        part.refined = sums.refined;
+    }
+
+    void select_coded(const Tile& tile, size_t first, size_t count, KeptKeys& kept, SelectionSums& sums) const {
+        const KeySketch& keys = cache_.key_sketch(store_head(tile));
+        const bool values = reads_value_codes();
+        kernels().select(keys.high(first), keys.low(first),
+                         values ? cache_.value_sketch(store_head(tile)).parameters(first) : nullptr, cache_.key_dim(),
+                         cache_.value_dim(), count, uint32_t(first * kBlock), tile.coded, tile.count, tile.selection,
+                         tile.scan == Scan::eight, certify(), tile.estimates + first * kBlock, tile.stride, &kept, &sums);
     }
 
     // All estimates are full-precision logits: what reaches the threshold is exact, the rest is omitted.
-    size_t select_full(const Tile& tile, size_t first, size_t count, KeptKey* kept, Partial& part) const {
-        size_t found = 0;
-        for (size_t i = 0; i < count; ++i) {
-            KeptKey entry{uint32_t(first + i), 0, {}};
-            for (int q = 0; q < tile.count; ++q) {
+    void select_full(const Tile& tile, size_t first, size_t count, KeptKeys& kept, SelectionSums& sums) const {
+        kept.count = 0;
+        for (int q = 0; q < tile.count; ++q) {
+            kept.exact_count[q] = 0;
+            for (size_t i = 0; i < count; ++i) {
                 const double s = tile.estimates[size_t(q) * tile.stride + first + i];
                 if (s == -double(kInf)) continue;
                 const double slack = tile.float_slack[q] + std::fabs(s) * 1e-6;
                 if (s + slack >= tile.selection[q].threshold)
-                    entry.exact |= 1u << q;
+                    kept.exact[q][kept.exact_count[q]++] = uint32_t(first + i);
                 else if (certify())
-                    part.omitted[q] += std::exp(s + slack - tile.reference[q]);
+                    sums.omitted[q] += std::exp(s + slack - tile.reference[q]);
             }
-            if (entry.exact) kept[found++] = entry;
+            kept.kept[q] = int64_t(kept.exact_count[q]);
         }
-        return found;
     }
 
     void add_exact(const Tile& tile, int q, size_t key, double logit, Partial& part, float* accumulator) const {
@@ -527,12 +544,12 @@ private:
             const float* from = space_->accumulators.data() + (piece * kTile + size_t(q)) * width;
             for (size_t i = 0; i < width; ++i) sum[i] += from[i];
             for (int g = 0; g < groups_; ++g) {
-                steps[g] += space_->step_sums[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
-                squares[g] += space_->step_squares[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
+                steps[g] += space_->steps[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
+                squares[g] += space_->squares[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
             }
         }
         Partial tail{};
-        if (settings_.rule == Rule::top_r && !settings_.sketch_tail) {
+        if (collects()) {
             add_top_r(tile, q, tail, sum);
         } else {
             for (size_t i = 0; i < kBlock; ++i)
@@ -556,8 +573,7 @@ private:
         }
         const size_t place = tile.place[q];
         float* out = result_.out + place * size_t(dim);
-        const int64_t kept = settings_.rule == Rule::top_r && !settings_.sketch_tail
-                                 ? tail.kept[q] : total.kept[0] + tail.kept[q];
+        const int64_t kept = collects() ? tail.kept[q] : total.kept[0] + tail.kept[q];
         result_.density[place] = tile.seen[q] ? float(double(kept) / double(tile.seen[q])) : 0.0f;
         if (!(mass > 0)) {
             std::fill(out, out + dim, 0.0f);

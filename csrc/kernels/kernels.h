@@ -30,11 +30,13 @@ inline size_t code_bytes(int dim) { return size_t(padded8(dim)) / 8 * 64; }
 inline size_t high_stride(int dim) { return code_bytes(dim) + 64; }
 inline size_t low_stride(int dim) { return code_bytes(dim) + 32; }
 
-// Layout of value codes, one row a key: for each group of 32 coordinates 16 bytes (low nibble:
-// coordinate i of the group, high nibble: coordinate 16 + i), then a (step, offset) pair of bfloat16
-// for each group: v ~ offset + step * code, |v - decoded v| <= step / 2 (1 + 2^-10).
+// Layout of value codes. Rows, one a key: for each group of 32 coordinates 16 bytes (low nibble: coordinate
+// i of the group, high nibble: coordinate 16 + i). Parameters, one piece of 64 bytes for each block of 16 keys
+// and group: step[16], then offset[16], bfloat16. v ~ offset + step * code, and |v - decoded v| <=
+// step / 2 (1 + 2^-10).
 inline int value_groups(int dim) { return (dim + kValueGroup - 1) / kValueGroup; }
-inline size_t value_stride(int dim) { return size_t(value_groups(dim)) * (16 + 4); }
+inline size_t value_row_bytes(int dim) { return size_t(value_groups(dim)) * 16; }
+inline size_t value_parameter_bytes(int dim) { return size_t(value_groups(dim)) * 64; }
 
 // One query, rotated and quantised in two signed 8-bit digits: q ~ unit (high + low / 254).
 struct CodedQuery {
@@ -55,19 +57,28 @@ struct Selection {
     bool keep_upper;   // for selections that must be exact: keep whatever may reach the threshold
 };
 
-struct KeptKey {
-    uint32_t key;    // position inside the head
-    uint32_t exact;  // bit q: query q reads this key at full precision
-    float weight[kTile];
+// What a selection keeps. `scaled[(group * kTile + q) * capacity + i]` is the weight that query q gives to
+// key keys[i], times the step of the key's value codes in that group.
+struct KeptKeys {
+    size_t capacity;  // at least the keys looked at, and 16 more
+    size_t count;
+    uint32_t* keys;
+    float* scaled;
+    size_t exact_count[kTile];
+    uint32_t* exact[kTile];  // keys to read at full precision
+    int64_t kept[kTile];     // both kinds
 };
 
-struct SelectionSums {           // all relative to exp(reference)
+// Sums of one selection; masses are relative to exp(reference).
+struct SelectionSums {
     double omitted[kTile];       // upper bound of the mass of what was left out
     double sketched[kTile];      // sum of weights taken from codes
     double sketched_low[kTile];  // lower bound of the same mass
     double weight_error[kTile];  // sum of weight (exp(band) - 1)
     double weight_var[kTile];    // sum of (weight band)^2 / head_dim, for the estimate of the error
     int64_t refined;             // blocks whose second plane was read
+    // [kTile][groups], added to: weight * offset, weight * step, (weight * step)^2
+    float *offsets, *steps, *squares;
 };
 
 struct Kernels {
@@ -79,8 +90,8 @@ struct Kernels {
     // Code 16 rotated keys y[16][padded16(dim)]; norms2 are the squared norms before rotation.
     void (*code_keys)(int dim, const float* y, const double* norms, double relative_slack,
                       uint8_t* high, uint8_t* low);
-    void (*code_value)(int dim, const float* value, uint8_t* row);
-    void (*decode_value)(int dim, const uint8_t* row, float* value);
+    // Codes one value; `parameters` is the key's place (2 * lane bytes) in its block's first piece.
+    void (*code_value)(int dim, const float* value, uint8_t* row, uint8_t* parameters);
 
     // estimates[q][block * 16 + i] for `blocks` blocks; maxima[q] is raised to the largest.
     void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
@@ -98,15 +109,16 @@ struct Kernels {
                    const CodedQuery* queries, int count, float* estimates, size_t estimate_stride,
                    float* maxima);
     // Two-stage selection over blocks. Estimates are of the first plane, or already of both
-    // (`refined`). Returns the kept keys with their weights and adds to `sums`: only the sketched
-    // masses unless `certify`.
-    size_t (*select)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
-                     uint32_t first_key, const CodedQuery* queries, int count,
-                     const Selection* selection, bool refined, bool certify,
-                     const float* estimates, size_t estimate_stride, KeptKey* kept, SelectionSums* sums);
-    // accumulators[q][groups * 32] += weight * decoded value; step_sums[q][groups] += weight * step
-    void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKey* kept, size_t kept_count,
-                             int count, float* accumulators, float* step_sums, float* step_squares);
+    // (`refined`). `value_parameters` is null when everything kept is read at full precision. Without
+    // `certify` only the sketched masses and the offsets are summed.
+    void (*select)(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
+                   int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
+                   int count, const Selection* selection, bool refined, bool certify,
+                   const float* estimates, size_t estimate_stride, KeptKeys* kept,
+                   SelectionSums* sums);
+    // accumulators[q][groups * 32] += scaled * code over the kept keys
+    void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKeys* kept, int count,
+                             float* accumulators);
     // out[i] = estimate + sign * band, a bound of the logit, for the keys of `blocks` blocks; the band is
     // that of 4 bits, or with `refined` of 8.
     void (*bounds)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
@@ -124,8 +136,7 @@ struct Kernels {
     // The 16 scores of one block in float64; float32 products are exact there.
     void (*flat_block64)(Dtype dtype, const void* block, int dim, const float* query,
                          double* scores);
-    // positions i with x[i] >= threshold (or NaN), appended to out; returns how many
-    size_t (*positions_from)(const float* x, size_t count, float threshold, uint32_t* out);
+    // how many x[i] are not below the threshold
     size_t (*count_from)(const float* x, size_t count, float threshold);
 };
 

@@ -116,12 +116,9 @@ void code_keys(int dim, const float* y, const double* norms, double relative_sla
     }
 }
 
-void code_value(int dim, const float* value, uint8_t* row) {
-    const int groups = (dim + kValueGroup - 1) / kValueGroup;
-    uint16_t* parameters = (uint16_t*)(row + size_t(groups) * 16);
-    for (int g = 0; g < groups; ++g, row += 16) {
-        const int first = g * kValueGroup, rest = dim - first;
-        const int size = rest < kValueGroup ? rest : kValueGroup;
+void code_value(int dim, const float* value, uint8_t* row, uint8_t* parameters) {
+    for (int first = 0; first < dim; first += kValueGroup, row += 16, parameters += 64) {
+        const int size = dim - first < kValueGroup ? dim - first : kValueGroup;
         float least = value[first], most = least;
         for (int i = 1; i < size; ++i) {
             const float v = value[first + i];
@@ -144,27 +141,8 @@ void code_value(int dim, const float* value, uint8_t* row) {
             code = code < 0 ? 0 : code > 15 ? 15 : code;
             row[i % 16] |= uint8_t(code << (i < 16 ? 0 : 4));
         }
-        __builtin_memcpy(parameters + 2 * g, &step_bits, 2);
-        __builtin_memcpy(parameters + 2 * g + 1, &offset_bits, 2);
-    }
-}
-
-inline void decode_group(const uint8_t* codes, f32x16& first, f32x16& second) {
-    const i32x16 bytes = widen_bytes(load<u8x16>(codes));
-    first = to_float16lanes(bytes & 15);
-    second = to_float16lanes(bytes >> 4);
-}
-
-void decode_value(int dim, const uint8_t* row, float* value) {
-    const int groups = (dim + kValueGroup - 1) / kValueGroup;
-    const uint16_t* parameters = (const uint16_t*)(row + size_t(groups) * 16);
-    for (int g = 0; g < groups; ++g) {
-        f32x16 half[2];
-        decode_group(row + 16 * g, half[0], half[1]);
-        const float step = bfloat16_value(parameters[2 * g]),
-                    offset = bfloat16_value(parameters[2 * g + 1]);
-        for (int i = 0; i < kValueGroup && g * kValueGroup + i < dim; ++i)
-            value[g * kValueGroup + i] = offset + step * half[i / 16][i % 16];
+        __builtin_memcpy(parameters, &step_bits, 2);
+        __builtin_memcpy(parameters + 32, &offset_bits, 2);
     }
 }
 
@@ -334,14 +312,22 @@ void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
 // ------------------------------------------------------------------ selection
 
 template <int Count, bool Certify>
-inline size_t select_tile(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
-                          uint32_t first_key, const CodedQuery* queries,
-                          const Selection* selection, bool refined, const float* estimates,
-                          size_t stride, KeptKey* kept, SelectionSums* sums) {
+inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters,
+                        int dim, int value_dim, size_t blocks, uint32_t first_key,
+                        const CodedQuery* queries, const Selection* selection, bool refined,
+                        const float* estimates, size_t stride, KeptKeys* kept,
+                        SelectionSums* sums) {
+    constexpr int kMaxGroups = kMaxHeadDim / kValueGroup;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
-    size_t kept_count = 0, refined_blocks = 0;
+    const int groups = (value_dim + kValueGroup - 1) / kValueGroup;
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    size_t count = 0, refined_blocks = 0, exact_count[Count] = {};
+    int64_t kept_total[Count] = {};
     f32x16 omitted[Count] = {}, sketched[Count] = {}, sketched_low[Count] = {};
     f32x16 weight_error[Count] = {}, weight_var[Count] = {};
+    f32x16 offsets[Count][kMaxGroups], steps[Count][kMaxGroups], squares[Count][kMaxGroups];
+    for (int q = 0; q < Count; ++q)
+        for (int g = 0; g < groups; ++g) offsets[q][g] = steps[q][g] = squares[q][g] = f32x16{};
     for (size_t block = 0; block < blocks;
          ++block, high += bytes + 64, low += bytes + 32, estimates += 16) {
         const f32x16 step = from_bfloat16(load<u16x16>(high + bytes)),
@@ -361,15 +347,15 @@ inline size_t select_tile(const uint8_t* high, const uint8_t* low, int dim, size
         }
         if (!any) continue;
         ++refined_blocks;
-        f32x16 estimate[Count];
+        f32x16 estimate[Count], weight[Count];
         if (refined)
             for (int q = 0; q < Count; ++q) estimate[q] = load<f32x16>(estimates + q * stride);
         else
             refine_block<Count>(high, low, dim, queries, estimates, stride, estimate);
         const f32x16 residual8 = from_bfloat16(load<u16x16>(low + bytes));
         const uint32_t uncoded = mask_ge(residual8, splat(kInfinity));
-        float weights[Count][16];
-        uint32_t exact[Count], all = 0;
+        const i32x16 key = lane + int32_t(first_key + block * 16);
+        uint32_t coded_any = 0;
         for (int q = 0; q < Count; ++q) {
             const CodedQuery& query = queries[q];
             const uint32_t seen =
@@ -379,114 +365,117 @@ inline size_t select_tile(const uint8_t* high, const uint8_t* low, int dim, size
             const f32x16 decisive = selection[q].keep_upper ? estimate[q] + band : estimate[q];
             const uint32_t keep =
                 seen & (mask_ge(decisive, splat(selection[q].threshold)) | uncoded);
-            exact[q] = keep & (mask_ge(decisive, splat(selection[q].exact_from)) | uncoded);
-            const uint32_t left = seen & ~keep, coded = keep & ~exact[q];
+            const uint32_t exact =
+                keep & (mask_ge(decisive, splat(selection[q].exact_from)) | uncoded);
+            const uint32_t left = seen & ~keep, coded = keep & ~exact;
             if (Certify && left)
                 omitted[q] +=
                     keep_lanes(left, exp_of(estimate[q] + band - selection[q].reference));
+            weight[q] = f32x16{};
             if (coded) {
-                const f32x16 w = keep_lanes(coded, exp_of(estimate[q] - selection[q].reference));
-                store(weights[q], w);
-                sketched[q] += w;
+                weight[q] = keep_lanes(coded, exp_of(estimate[q] - selection[q].reference));
+                sketched[q] += weight[q];
                 if (Certify) {
-                    // exp(-band) >= 1 - band
-                    sketched_low[q] += keep_lanes(coded, w * max_of(1.0f - band, f32x16{}));
-                    weight_error[q] += keep_lanes(coded, w * (exp_of(band) - 1.0f));
-                    weight_var[q] += keep_lanes(coded, (w * band) * (w * band));
+                    // exp(-band) >= 1 - band; a band is finite where a key is coded
+                    const f32x16 off = keep_lanes(coded, band);
+                    sketched_low[q] += weight[q] * max_of(1.0f - off, f32x16{});
+                    weight_error[q] += weight[q] * (exp_of(off) - 1.0f);
+                    weight_var[q] += (weight[q] * off) * (weight[q] * off);
                 }
-            } else {
-                store(weights[q], f32x16{});
+                coded_any |= coded;
             }
-            all |= keep;
+            if (exact) {
+                compress(exact, key, kept->exact[q] + exact_count[q]);
+                exact_count[q] += size_t(__builtin_popcount(exact));
+            }
+            kept_total[q] += __builtin_popcount(keep);
         }
-        for (; all; all &= all - 1) {
-            const int lane = __builtin_ctz(all);
-            KeptKey& entry = kept[kept_count++];
-            entry.key = first_key + uint32_t(block * 16) + uint32_t(lane);
-            uint32_t flags = 0;
+        if (!coded_any) continue;
+        compress(coded_any, key, kept->keys + count);
+        const uint8_t* parameters = value_parameters + block * size_t(groups) * 64;
+        for (int g = 0; g < groups; ++g, parameters += 64) {
+            const f32x16 value_step = from_bfloat16(load<u16x16>(parameters)),
+                         value_offset = from_bfloat16(load<u16x16>(parameters + 32));
             for (int q = 0; q < Count; ++q) {
-                entry.weight[q] = weights[q][lane];
-                flags |= ((exact[q] >> lane) & 1u) << q;
+                const f32x16 scaled = weight[q] * value_step;
+                offsets[q][g] += weight[q] * value_offset;
+                if (Certify) {
+                    steps[q][g] += scaled;
+                    squares[q][g] += scaled * scaled;
+                }
+                compress(coded_any, (i32x16)scaled,
+                         (uint32_t*)(kept->scaled + size_t(g * kTile + q) * kept->capacity + count));
             }
-            for (int q = Count; q < kTile; ++q) entry.weight[q] = 0;
-            entry.exact = flags;
         }
+        count += size_t(__builtin_popcount(coded_any));
     }
+    kept->count = count;
+    sums->refined += int64_t(refined_blocks);
     for (int q = 0; q < Count; ++q) {
+        kept->exact_count[q] = exact_count[q];
+        kept->kept[q] = kept_total[q];
         sums->omitted[q] += sum_of(omitted[q]);
         sums->sketched[q] += sum_of(sketched[q]);
         sums->sketched_low[q] += sum_of(sketched_low[q]);
         sums->weight_error[q] += sum_of(weight_error[q]);
         sums->weight_var[q] += sum_of(weight_var[q]) / dim;
+        for (int g = 0; g < groups; ++g) {
+            sums->offsets[q * groups + g] += sum_of(offsets[q][g]);
+            sums->steps[q * groups + g] += sum_of(steps[q][g]);
+            sums->squares[q * groups + g] += sum_of(squares[q][g]);
+        }
     }
-    sums->refined += int64_t(refined_blocks);
-    return kept_count;
 }
 
-size_t select(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, uint32_t first_key,
-              const CodedQuery* queries, int count, const Selection* selection, bool refined,
-              bool certify, const float* estimates, size_t stride, KeptKey* kept,
-              SelectionSums* sums) {
-#define HSR_CASE(N)                                                                               \
-    case N:                                                                                       \
-        return certify ? select_tile<N, true>(high, low, dim, blocks, first_key, queries,         \
-                                              selection, refined, estimates, stride, kept, sums)  \
-                       : select_tile<N, false>(high, low, dim, blocks, first_key, queries,        \
-                                               selection, refined, estimates, stride, kept, sums);
+void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
+            int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries, int count,
+            const Selection* selection, bool refined, bool certify, const float* estimates,
+            size_t stride, KeptKeys* kept, SelectionSums* sums) {
+#define HSR_SELECT(N, CERTIFY)                                                                   \
+    select_tile<N, CERTIFY>(high, low, value_parameters, dim, value_dim, blocks, first_key,     \
+                            queries, selection, refined, estimates, stride, kept, sums)
+#define HSR_CASE(N) \
+    case N: return certify ? HSR_SELECT(N, true) : HSR_SELECT(N, false);
     switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
 #undef HSR_CASE
-    return 0;
+#undef HSR_SELECT
 }
 
 // ------------------------------------------------------------------ values
 
-typedef float f32x4 __attribute__((vector_size(16)));
-
 template <int Count>
-inline void accumulate_tile(const uint8_t* rows, int dim, const KeptKey* kept, size_t kept_count,
-                            float* accumulators, float* step_sums, float* step_squares) {
+inline void accumulate_tile(const uint8_t* rows, int dim, const KeptKeys* kept,
+                            float* accumulators) {
     const int groups = (dim + kValueGroup - 1) / kValueGroup;
-    const size_t row_bytes = size_t(groups) * 20;
-    for (int g = 0; g < groups; ++g) {
+    const size_t row_bytes = size_t(groups) * 16, capacity = kept->capacity;
+    for (int g = 0; g < groups; ++g, rows += 16) {
+        const float* scaled = kept->scaled + size_t(g) * kTile * capacity;
         f32x16 sum[Count][2];
         for (int q = 0; q < Count; ++q)
             for (int h = 0; h < 2; ++h)
                 sum[q][h] = load<f32x16>(accumulators + (size_t(q) * groups + g) * 32 + 16 * h);
-        f32x4 offsets = {}, steps = {}, squares4 = {};
-        for (size_t i = 0; i < kept_count; ++i) {
-            const f32x4 weight = load<f32x4>(kept[i].weight);
-            const uint8_t* row = rows + kept[i].key * row_bytes;
-            uint32_t parameters;
-            __builtin_memcpy(&parameters, row + size_t(groups) * 16 + 4 * g, 4);
-            const float step = bfloat16_value(uint16_t(parameters)),
-                        offset = bfloat16_value(uint16_t(parameters >> 16));
-            f32x16 first, second;
-            decode_group(row + 16 * g, first, second);
-            const f32x4 scaled = weight * step;
-            offsets += weight * offset;
-            steps += scaled;
-            squares4 += scaled * scaled;
+        for (size_t i = 0; i < kept->count; ++i) {
+            const i32x16 bytes = widen_bytes(load<u8x16>(rows + kept->keys[i] * row_bytes));
+            const f32x16 first = to_float16lanes(bytes & 15), second = to_float16lanes(bytes >> 4);
             for (int q = 0; q < Count; ++q) {
-                sum[q][0] += scaled[q] * first;
-                sum[q][1] += scaled[q] * second;
+                sum[q][0] += scaled[size_t(q) * capacity + i] * first;
+                sum[q][1] += scaled[size_t(q) * capacity + i] * second;
             }
         }
-        for (int q = 0; q < Count; ++q) {
+        for (int q = 0; q < Count; ++q)
             for (int h = 0; h < 2; ++h)
-                store(accumulators + (size_t(q) * groups + g) * 32 + 16 * h,
-                      sum[q][h] + offsets[q]);
-            step_sums[q * groups + g] += steps[q];
-            step_squares[q * groups + g] += squares4[q];
-        }
+                store(accumulators + (size_t(q) * groups + g) * 32 + 16 * h, sum[q][h]);
     }
 }
 
-void accumulate_codes(const uint8_t* rows, int dim, const KeptKey* kept, size_t kept_count,
-                      int count, float* accumulators, float* step_sums, float* step_squares) {
-#define HSR_CASE(N) \
-    case N: return accumulate_tile<N>(rows, dim, kept, kept_count, accumulators, step_sums, step_squares);
-    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
-#undef HSR_CASE
+void accumulate_codes(const uint8_t* rows, int dim, const KeptKeys* kept, int count,
+                      float* accumulators) {
+    switch (count) {
+        case 1: return accumulate_tile<1>(rows, dim, kept, accumulators);
+        case 2: return accumulate_tile<2>(rows, dim, kept, accumulators);
+        case 3: return accumulate_tile<3>(rows, dim, kept, accumulators);
+        default: return accumulate_tile<4>(rows, dim, kept, accumulators);
+    }
 }
 
 // ------------------------------------------------------------------ full precision
@@ -576,18 +565,7 @@ void flat_block64(Dtype dtype, const void* block, int dim, const float* query, d
     store(scores + 8, b);
 }
 
-// ------------------------------------------------------------------ positions above a threshold
-
-size_t positions_from(const float* x, size_t count, float threshold, uint32_t* out) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    size_t found = 0, i = 0;
-    for (; i + 16 <= count; i += 16)
-        if (const uint32_t mask = mask_not_less(load<f32x16>(x + i), splat(threshold)))
-            found += compress(mask, lane + int32_t(i), out + found);
-    for (; i < count; ++i)
-        if (!(x[i] < threshold)) out[found++] = uint32_t(i);
-    return found;
-}
+// ------------------------------------------------------------------ counting
 
 size_t count_from(const float* x, size_t count, float threshold) {
     size_t found = 0, i = 0;
@@ -607,10 +585,9 @@ namespace HSR_LEVEL {
 const Kernels& table();
 const Kernels& table() {
     static const Kernels all = {
-        HSR_TEXT(HSR_LEVEL), to_float, rotate,  code_keys, code_value,   decode_value,
+        HSR_TEXT(HSR_LEVEL), to_float, rotate,  code_keys, code_value,
         scan, exp_into, mass_below, sum_exp,  refine,  select,    accumulate_codes, bounds,
-        dot,                 dot64,    axpy,    flat_masks, flat_block64, positions_from,
-        count_from};
+        dot,                 dot64,    axpy,    flat_masks, flat_block64, count_from};
     return all;
 }
 

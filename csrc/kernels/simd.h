@@ -102,9 +102,9 @@ inline uint32_t mask_not_less(f32x16 a, f32x16 b) {
 inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
     return (f32x16)_mm512_maskz_mov_ps((__mmask16)mask, (__m512)x);
 }
-inline size_t compress(uint32_t mask, i32x16 values, uint32_t* out) {
-    _mm512_mask_compressstoreu_epi32(out, (__mmask16)mask, (__m512i)values);
-    return size_t(__builtin_popcount(mask));
+// Lanes under the mask, moved together; writes 16 lanes (a full store is faster than a masked one).
+inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)mask, (__m512i)values));
 }
 inline f32x16 from_float16(u16x16 bits) { return (f32x16)_mm512_cvtph_ps((__m256i)bits); }
 inline i32x16 widen_bytes(u8x16 bytes) { return (i32x16)_mm512_cvtepu8_epi32((__m128i)bytes); }
@@ -136,12 +136,10 @@ inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
                         1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
     return ((splat(int32_t(mask)) & bit) != 0) ? x : f32x16{};
 }
-inline size_t compress(uint32_t mask, i32x16 values, uint32_t* out) {
+inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
     int32_t lanes[16];
     store(lanes, values);
-    size_t count = 0;
-    for (; mask; mask &= mask - 1) out[count++] = uint32_t(lanes[__builtin_ctz(mask)]);
-    return count;
+    for (; mask; mask &= mask - 1) *out++ = uint32_t(lanes[__builtin_ctz(mask)]);
 }
 inline i32x16 widen_bytes(u8x16 bytes) { return __builtin_convertvector(bytes, i32x16); }
 inline u8x64 low_nibbles(u8x64 x) { return x & (uint8_t)0x0f; }

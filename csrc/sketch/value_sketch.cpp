@@ -5,13 +5,14 @@
 namespace hsr {
 
 void ValueSketch::code(const RowStore& values, int head, size_t until) {
-    const size_t stride = value_stride(dim_);
-    // accumulate_codes reads whole vectors: keep 64 bytes behind the last row.
-    rows_.reserve(until * stride + 64);
+    rows_.reserve(until * value_row_bytes(dim_));
+    parameters_.reserve(until / kBlock * value_parameter_bytes(dim_));
     float row[kMaxHeadDim];
     for (; coded_ < until; ++coded_) {
         kernels().to_float(values.dtype(), values.row(coded_, head), row, size_t(dim_));
-        kernels().code_value(dim_, row, rows_.data() + coded_ * stride);
+        kernels().code_value(dim_, row, rows_.data() + coded_ * value_row_bytes(dim_),
+                             parameters_.data() + coded_ / kBlock * value_parameter_bytes(dim_) +
+                                 coded_ % kBlock * 2);
     }
 }
 

@@ -17,21 +17,26 @@ public:
           most_(size_t(dim), -std::numeric_limits<float>::infinity()), dim_(dim) {}
 
     size_t coded() const { return coded_; }
-    size_t nbytes() const { return coded_ * value_stride(dim_); }
+    size_t nbytes() const {
+        return coded_ * value_row_bytes(dim_) + coded_ / kBlock * value_parameter_bytes(dim_);
+    }
     const uint8_t* rows() const { return rows_.data(); }
+    const uint8_t* parameters(size_t block) const {
+        return parameters_.data() + block * value_parameter_bytes(dim_);
+    }
     // Per coordinate, over every value ever appended (cropped ones too: still a bound).
     const std::vector<float>& least() const { return least_; }
     const std::vector<float>& most() const { return most_; }
 
-    void code(const RowStore& values, int head, size_t until);
+    void code(const RowStore& values, int head, size_t until);  // until: a multiple of 16
     void widen(const float* row);
-    void crop(size_t keys) { coded_ = keys < coded_ ? keys : coded_; }
+    void crop(size_t keys) { coded_ = keys < coded_ ? keys / kBlock * kBlock : coded_; }
 
 private:
     std::vector<float> least_, most_;
     int dim_;
     size_t coded_ = 0;
-    Buffer rows_;
+    Buffer rows_, parameters_;
 };
 
 }  // namespace hsr

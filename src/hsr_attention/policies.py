@@ -12,7 +12,7 @@ from hsr_attention import arguments
 from hsr_attention.thresholds import ThresholdRule
 
 TAILS = ("sketch", "drop")
-DEFAULT_EPSILON = 0.005
+DEFAULT_EPSILON = 0.02
 
 # Numbers of the native code's `Rule`.
 RULE_EPSILON, RULE_THRESHOLD, RULE_TOP_R, RULE_RELU = range(4)
@@ -25,7 +25,7 @@ class SoftmaxPolicy:
     Attributes
     ----------
     epsilon : float in (0, 1), optional
-        Bound of the omitted share of the softmax mass. The default rule, with 0.005.
+        Bound of the omitted share of the softmax mass. The default rule, with 0.02.
     top_r : int >= 1, optional
         The r keys with the largest logits are read at full precision (paper, Theorem 4.2).
     threshold : float, optional
