@@ -1,0 +1,160 @@
+"""``HSRCache``: a transformers cache whose full-attention layers report half-spaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from hsr_attention.integrations import torch_threads
+from hsr_attention.integrations.layer import (
+    DenseSlidingLayer,
+    HSRLayer,
+    LayerStatistics,
+    ModelShape,
+)
+from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
+
+
+class HSRCache(Cache):
+    """Keys, values and codes of all layers of a model.
+
+    Pass it as ``past_key_values`` to a model with ``attn_implementation="hsr"``. Full-attention layers
+    are ``HSRLayer``; sliding-window and linear layers stay as transformers has them.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        ``model.config``.
+    policy : SoftmaxPolicy or ReLUPolicy, optional
+        ``SoftmaxPolicy()`` by default. Under a ``SoftmaxPolicy`` prompts are read densely and exactly
+        and decoding is sparse; under a ``ReLUPolicy`` every position is ReLU attention, exactly.
+    collect : bool
+        Keep the certificate of every decoding step for ``statistics()``. Off, none is computed.
+
+    Raises
+    ------
+    ValueError
+        If the model needs what reporting cannot do: soft-capped logits, an encoder, no
+        full-attention layer, an unknown kind of layer.
+
+    Examples
+    --------
+    ``model.generate(**inputs, past_key_values=HSRCache(model.config, SoftmaxPolicy(epsilon=0.05)))``
+    """
+
+    def __init__(self, config: Any, policy: Policy | None = None, *, collect: bool = False) -> None:
+        policy = SoftmaxPolicy() if policy is None else policy
+        if not isinstance(policy, SoftmaxPolicy | ReLUPolicy):
+            raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"config must be the config of a model, got {config!r}")
+        self.config = config.get_text_config(decoder=True)
+        self.policy = policy
+        self.collect = collect
+        super().__init__(layers=_layers(config, self.config, policy, collect))
+        self._first = next(i for i, x in enumerate(self.layers) if isinstance(x, HSRLayer))
+        torch_threads.follow_torch()
+
+    def __repr__(self) -> str:
+        """Return the policy, the layers and the number of tokens."""
+        return (
+            f"HSRCache({self.policy!r}, layers={len(self.layers)}, "
+            f"hsr_layers={len(self.hsr_layers)}, n={self.get_seq_length(self._first)})"
+        )
+
+    @property
+    def hsr_layers(self) -> dict[int, HSRLayer]:
+        """The layers that report half-spaces, by their index in the model."""
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, HSRLayer)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and codes of the reporting layers."""
+        return self.row_nbytes + self.code_nbytes
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of their full-precision keys and values."""
+        return sum(layer.rows.row_nbytes for layer in self.hsr_layers.values())
+
+    @property
+    def code_nbytes(self) -> int:
+        """Bytes of their codes."""
+        return sum(layer.rows.code_nbytes for layer in self.hsr_layers.values())
+
+    def statistics(self) -> list[LayerStatistics]:
+        """Return what decoding did, one entry a reporting layer; needs ``collect=True``."""
+        if not self.collect:
+            raise ValueError("statistics need HSRCache(..., collect=True), got collect=False")
+        return [layer.statistics(i) for i, layer in self.hsr_layers.items()]
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the new tokens of one layer; return what its attention function reads."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the cache was made for a model of {len(self.layers)} layers, got layer_idx "
+                f"{layer_idx}; make it from the config of the model that uses it"
+            )
+        layer = self.layers[layer_idx]
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if isinstance(layer, HSRLayer) and layer_idx != self._first:
+            found, expected = len(layer.rows), self.get_seq_length(self._first)
+            if found != expected:
+                raise ValueError(
+                    f"all layers of a cache must hold the same tokens, got {found} in layer {layer_idx} "
+                    f"and {expected} in layer {self._first}; an earlier call failed half-way or another "
+                    "model uses this cache: make a new one or call reset()"
+                )
+        return keys, values
+
+
+
+def _layers(config: Any, decoder: Any, policy: Policy, collect: bool) -> list[Any]:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"HSRCache serves decoder-only models, got {config.model_type!r}")
+    for name in ("attn_logit_softcapping", "attn_logit_softcap"):
+        if (cap := getattr(decoder, name, None)) is not None:
+            raise ValueError(
+                f"hsr attention does not support soft-capped logits, got {name}={cap} in the config"
+            )
+    model = ModelShape(decoder)
+    layers = [_layer(layer, policy, model, collect) for layer in DynamicCache(config=config).layers]
+    kinds = {type(layer) for layer in layers}
+    if HSRLayer not in kinds:
+        window = getattr(decoder, "sliding_window", None)
+        raise ValueError(
+            f"HSRCache needs a layer with full attention, got none (sliding_window={window} in the "
+            "config)"
+        )
+    if isinstance(policy, ReLUPolicy) and DenseSlidingLayer in kinds:
+        raise ValueError(
+            "a ReLUPolicy needs full attention in every layer, got sliding-window layers (they would "
+            "stay softmax)"
+        )
+    return layers
+
+
+def _layer(dense: Any, policy: Policy, model: ModelShape, collect: bool) -> Any:
+    if type(dense) is DynamicLayer:
+        return HSRLayer(policy, model, collect)
+    if type(dense) is DynamicSlidingWindowLayer:
+        return DenseSlidingLayer(dense.sliding_window)
+    if type(dense) in (LinearAttentionLayer, DummyLayer):
+        return dense
+    raise ValueError(f"HSRCache does not know cache layers of type {type(dense).__name__}")

@@ -1,0 +1,322 @@
+"""``HSRLayer``: one full-attention layer of a transformers cache, held by a ``KVCache``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from hsr_attention.attention.certificate import Certificate
+from hsr_attention.kv_cache import KVCache
+from hsr_attention.policies import Policy
+
+# What may be asked of cached keys without reading them.
+_METADATA = frozenset(
+    {
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.__len__,
+        torch.Tensor.is_floating_point,
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cpu", "layout")
+        ),
+    }
+)
+
+
+class CachedRows(torch.Tensor):
+    """Keys or values that stand in a cache: shape and dtype of a tensor, but not its data.
+
+    ``HSRLayer.update`` returns them in place of all the keys, so that a decoding step costs nothing
+    that grows with the cache. Only the attention function "hsr" knows how to read them; any other
+    operation is an error, never an answer over the wrong keys.
+    """
+
+    layer: HSRLayer
+    new_tokens: int
+    fresh: torch.Tensor | None
+
+    @classmethod
+    def of(cls, layer: HSRLayer, new: torch.Tensor, is_fresh: bool) -> CachedRows:
+        """Stand for all rows of ``layer``, of which ``new`` are the newest (or, fresh, the only)."""
+        shape = (*new.shape[:2], len(layer.rows), new.shape[3])
+        rows = torch.empty((), dtype=new.dtype).expand(shape).as_subclass(cls)
+        rows.layer = layer
+        rows.new_tokens = new.shape[2]
+        rows.fresh = new if is_fresh else None
+        return rows
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Return the shape and the layer."""
+        return f"CachedRows(shape={tuple(self.shape)}, layer={self.layer!r})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Answer questions of shape and dtype; refuse everything else and undo the append."""
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        for argument in args:
+            if isinstance(argument, cls):
+                argument.layer.forget_newest(argument)
+                break
+        raise ValueError(
+            "the keys of an HSRCache can only be read by the attention function 'hsr', got "
+            f"{getattr(func, '__name__', func)!r}; load the model with attn_implementation='hsr', or "
+            "call model.set_attn_implementation('hsr')"
+        )
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What decoding did in one layer; arrays are float32 [heads, queries], queries in order.
+
+    Attributes
+    ----------
+    layer : int
+        Index of the layer in the model.
+    density, omitted_mass, error_bound, estimated_error
+        As in ``Certificate``. Prefill is dense and not recorded.
+    value_max : float
+        Largest absolute value cached: ``error_bound / value_max`` is the relative bound.
+    work : dict
+        Counters, summed over the calls; see ``Certificate.work``.
+    """
+
+    layer: int
+    density: NDArray[np.float32]
+    omitted_mass: NDArray[np.float32]
+    error_bound: NDArray[np.float32]
+    estimated_error: NDArray[np.float32]
+    value_max: float
+    work: dict[str, int]
+
+
+class ModelShape:
+    """What a cache was made for: raises when another model uses it.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Of the text part of the model.
+    """
+
+    # Two configs that agree on these describe models that can share a cache.
+    FIELDS = (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+
+    def __init__(self, config: Any) -> None:
+        self._config = self._checked = config
+
+    def check(self, config: Any) -> None:
+        """Raise ``ValueError`` if ``config``, of an attention module, describes another model."""
+        if config is self._checked or config is None:
+            return
+        for name in self.FIELDS:
+            expected, found = getattr(self._config, name, None), getattr(config, name, None)
+            if expected != found:
+                raise ValueError(
+                    f"the cache was made for a model with {name} {expected!r}, got a model with "
+                    f"{found!r}; make it from the config of the model that uses it"
+                )
+        self._checked = config
+
+
+class HSRLayer(CacheLayerMixin):
+    """A cache layer whose keys and values grow in native memory, with their codes.
+
+    Parameters
+    ----------
+    policy : SoftmaxPolicy or ReLUPolicy
+        Selects the keys of each decoding step.
+    model : ModelShape
+        The model the cache is for.
+    collect : bool
+        Compute the certificate of every decoding step and keep it for ``statistics``.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, policy: Policy, model: ModelShape, collect: bool = False) -> None:
+        super().__init__()
+        self.policy = policy
+        self.model = model
+        self.rows = KVCache(policy)
+        self._certificates: list[Certificate] | None = [] if collect else None
+        self._value_max = 0.0
+        self.batch_rows = 0
+
+    def __repr__(self) -> str:
+        """Return the policy and the length."""
+        return f"HSRLayer({self.policy!r}, n={len(self.rows)})"
+
+    def __deepcopy__(self, memo: dict) -> HSRLayer:
+        """Copy the tokens (and code them again), for a prefix that serves several prompts."""
+        copy = HSRLayer(self.policy, self.model, self._certificates is not None)
+        if len(self.rows):
+            copy.update(*self.tensors())
+        return copy
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Note dtype and device of the first tokens; memory is taken as tokens come."""
+        for name, states in (("keys", key_states), ("values", value_states)):
+            if states.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise TypeError(
+                    f"{name} of an HSRCache must be float32, bfloat16 or float16, got "
+                    f"{states.dtype}; load the model with dtype=torch.float32 or torch.bfloat16"
+                )
+            if states.device.type != "cpu":
+                raise TypeError(f"{name} of an HSRCache must be on the CPU, got {states.device}")
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [batch, kv_heads, t, head_dim]; return handles to all of them.
+
+        Costs O(t), whatever is cached already.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        is_fresh = len(self.rows) == 0
+        self.rows.append(key_states, value_states)
+        self.batch_rows = key_states.shape[0]
+        if self._certificates is not None and value_states.numel():
+            self._value_max = max(self._value_max, float(value_states.detach().abs().max()))
+        return (
+            CachedRows.of(self, key_states, is_fresh),
+            CachedRows.of(self, value_states, is_fresh),
+        )
+
+    def forget_newest(self, rows: CachedRows) -> None:
+        """Undo the append that returned ``rows``, if it was the last one."""
+        length = torch.Tensor.size(rows, 2)
+        if len(self.rows) == length:
+            self.rows.crop(length - rows.new_tokens)
+
+    def attend(
+        self, query: torch.Tensor, scale: float | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attend from the newest positions; query [batch, heads, m, head_dim] -> [..., value_dim]."""
+        if self._certificates is None:
+            return self.rows.attend(query, scale, mask=mask)
+        out, certificate = self.rows.attend(query, scale, mask=mask, return_certificate=True)
+        self._certificates.append(certificate)
+        return out
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values [batch, kv_heads, n, dim] as strided views, not to be written to.
+
+        While a view is held, growing the cache copies it.
+        """
+        native = self.rows._layer  # its arrays, unlike rows.rows(), are writable: torch warns otherwise
+        keys, values = (
+            torch.from_numpy(a if a.dtype == np.float32 else a.view(np.int16))
+            for a in (native.keys(), native.values())
+        )
+        return keys.view(self.dtype), values.view(self.dtype)
+
+    def statistics(self, layer_index: int) -> LayerStatistics:
+        """Return what was collected."""
+        found = self._certificates or []
+        work: dict[str, int] = {}
+        for certificate in found:
+            for name, count in certificate.work.items():
+                work[name] = work.get(name, 0) + count
+
+        def gather(name: str) -> NDArray[np.float32]:
+            # [batch, heads, m] of each call -> [heads, all queries]
+            arrays = [getattr(c, name).transpose(1, 2, 0) for c in found]
+            if not arrays:
+                return np.empty((0, 0), np.float32)
+            return np.concatenate([a.reshape(a.shape[0], -1) for a in arrays], axis=1)
+
+        return LayerStatistics(
+            layer_index,
+            gather("density"),
+            gather("omitted_mass"),
+            gather("error_bound"),
+            gather("estimated_error"),
+            self._value_max,
+            work,
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (number of keys after this step, position of the first)."""
+        return len(self.rows) + int(query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Return the number of cached tokens."""
+        return len(self.rows)
+
+    def get_max_length(self) -> int:
+        """Return -1: no limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all tokens and statistics."""
+        self.rows = KVCache(self.policy)
+        self._value_max, self.batch_rows, self.is_initialized = 0.0, 0, False
+        if self._certificates is not None:
+            self._certificates = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens (0 or negative, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "tokens_to_remove must be <= 0 (the negative of the number of tokens to remove), got "
+                f"{tokens_to_remove}"
+            )
+        self.rows.crop(max(len(self.rows) + int(tokens_to_remove), 0))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make batch row i the former row ``beam_idx[i]``."""
+        if len(self.rows) and not torch.equal(beam_idx, torch.arange(self.batch_rows)):
+            self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row ``repeats`` times."""
+        if len(self.rows):
+            self._select(torch.arange(self.batch_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the batch rows ``indices``: integers or a boolean mask."""
+        if len(self.rows):
+            self._select(torch.arange(self.batch_rows)[indices])
+
+    def _select(self, batch_indices: torch.Tensor) -> None:
+        self.rows.reorder(batch_indices)
+        self.batch_rows = len(batch_indices)
+
+    def offload(self) -> None:
+        """Do nothing: the rows are in main memory already."""
+
+    def prefetch(self) -> None:
+        """Do nothing: the rows are in main memory already."""
+
+
+class DenseSlidingLayer(DynamicSlidingWindowLayer):
+    """A sliding-window layer: a few keys, attended to densely, marked so that "hsr" knows."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Update as transformers does, and mark the keys."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys.hsr_dense = True  # type: ignore[attr-defined]
+        return keys, values
