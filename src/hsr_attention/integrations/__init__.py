@@ -1,0 +1,1 @@
+"""Where other frameworks join: the only part that imports torch and transformers."""

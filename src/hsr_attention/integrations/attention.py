@@ -1,4 +1,4 @@
-"""The attention function "hsr" of transformers: dense prompts, sparse decoding, strict about the rest."""
+"""The attention function "hsr" of transformers: dense prompts, sparse decoding."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hsr_attention.policies import ReLUPolicy
 
 NAME = "hsr"
 
-# With more new positions than this at once, one dense pass over the keys is faster than a report for
-# each of them, and exact.
+# With more new positions than this at once, one dense pass over the keys is faster than a report
+# for each of them, and exact.
 DECODE_POSITIONS = 16
 
-# Arguments of other attention functions that change the result. Ignoring one would be silently wrong.
+# Arguments of other attention functions that change the result: ignoring one would be wrong.
 _REFUSED = {
     "softcap": "soft-capped logits",
     "s_aux": "attention sinks",
@@ -69,7 +69,7 @@ def hsr_attention(
     Raises
     ------
     ValueError
-        For anything that would have to be ignored: see ``docs/transformers.md``, "What is refused".
+        For anything that would have to be ignored; ``docs/transformers.md`` has the list.
     """
     _refuse(dropout, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -101,20 +101,22 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
 
 
 def _mask(mask: Any, batch: int, m: int, n: int) -> torch.Tensor | None:
-    """Check a mask as ``sdpa_mask`` makes it: bool [batch or 1, 1, m, n], true where a key is seen."""
+    """Check a mask as ``sdpa_mask`` makes it: bool [batch or 1, 1, m, n], true where seen."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask must be boolean (true where a key may be seen), got {found}; hsr attention "
-            "does not add masks to logits"
+            f"attention_mask must be boolean (true where a key may be seen), got {found}; hsr "
+            "attention does not add masks to logits"
         )
     shape = tuple(mask.shape)
     if len(shape) == 4 and shape[1] != 1:
         raise ValueError(f"attention_mask must be the same for all heads, got shape {shape}")
     if len(shape) != 4 or shape[0] not in (1, batch) or shape[2:] != (m, n):
-        raise ValueError(f"attention_mask must have shape [{batch} or 1, 1, {m}, {n}], got {shape}")
+        raise ValueError(
+            f"attention_mask must have shape [{batch} or 1, 1, {m}, {n}], got {shape}"
+        )
     return mask
 
 
@@ -131,8 +133,8 @@ def _cached(
     n, m = len(layer.rows), query.shape[2]
     if key.shape[2] != n or not isinstance(value, CachedRows) or value.layer is not layer:
         raise ValueError(
-            f"keys and values must come from the newest update of one HSRCache, got keys of {key.shape[2]} "
-            f"tokens where the cache holds {n}"
+            "keys and values must come from the newest update of one HSRCache, got keys of "
+            f"{key.shape[2]} tokens where the cache holds {n}"
         )
     try:
         layer.model.check(getattr(module, "config", None))
@@ -142,7 +144,9 @@ def _cached(
     sees_newer = m > 1 and (not causal if mask is None else _sees_newer(mask, m))
     if isinstance(layer.policy, ReLUPolicy):
         if sees_newer:
-            raise ValueError("a ReLUPolicy needs causal attention, got a mask that shows newer keys")
+            raise ValueError(
+                "a ReLUPolicy needs causal attention, got a mask that shows newer keys"
+            )
         return _sparse(layer, query, scaling, mask)
     if key.fresh is not None and value.fresh is not None:
         return _dense(query, key.fresh, value.fresh, mask, scaling, causal)
@@ -188,15 +192,15 @@ def _check_uncached(
 ) -> None:
     """Allow keys without an ``HSRCache`` only where no report could be made anyway.
 
-    That is a whole sequence at once, an encoder, cross attention, or a sliding-window layer. Keys of
-    another cache mean that the user expects sparse decoding and would get dense.
+    That is a whole sequence at once, an encoder, cross attention, or a sliding-window layer. Keys
+    of another cache mean that the user expects sparse decoding and would get dense.
     """
     m, n = query.shape[2], key.shape[2]
     if m != n and causal and not getattr(key, "hsr_dense", False):
         raise ValueError(
-            f"attn_implementation='hsr' decodes from an HSRCache, got {n} keys of another cache for {m} "
-            "new positions; pass past_key_values=hsr_attention.HSRCache(model.config, policy) or run "
-            "inside hsr_attention.enable(model, policy)"
+            "attn_implementation='hsr' decodes from an HSRCache, got another cache's "
+            f"{n} keys for {m} new positions; pass past_key_values=hsr_attention.HSRCache("
+            "model.config, policy) or run inside hsr_attention.enable(model, policy)"
         )
 
 

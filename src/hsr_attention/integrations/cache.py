@@ -27,16 +27,17 @@ from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
 class HSRCache(Cache):
     """Keys, values and codes of all layers of a model.
 
-    Pass it as ``past_key_values`` to a model with ``attn_implementation="hsr"``. Full-attention layers
-    are ``HSRLayer``; sliding-window and linear layers stay as transformers has them.
+    Pass it as ``past_key_values`` to a model with ``attn_implementation="hsr"``. Full-attention
+    layers are ``HSRLayer``; sliding-window and linear layers stay as transformers has them.
 
     Parameters
     ----------
     config : PreTrainedConfig
         ``model.config``.
     policy : SoftmaxPolicy or ReLUPolicy, optional
-        ``SoftmaxPolicy()`` by default. Under a ``SoftmaxPolicy`` prompts are read densely and exactly
-        and decoding is sparse; under a ``ReLUPolicy`` every position is ReLU attention, exactly.
+        ``SoftmaxPolicy()`` by default. Under a ``SoftmaxPolicy`` prompts are read densely and
+        exactly, and decoding is sparse; under a ``ReLUPolicy`` every position is exact ReLU
+        attention.
     collect : bool
         Keep the certificate of every decoding step for ``statistics()``. Off, none is computed.
 
@@ -48,10 +49,12 @@ class HSRCache(Cache):
 
     Examples
     --------
-    ``model.generate(**inputs, past_key_values=HSRCache(model.config, SoftmaxPolicy(epsilon=0.05)))``
+    ``model.generate(**inputs, past_key_values=HSRCache(model.config, SoftmaxPolicy(top_r=64)))``
     """
 
-    def __init__(self, config: Any, policy: Policy | None = None, *, collect: bool = False) -> None:
+    def __init__(
+        self, config: Any, policy: Policy | None = None, *, collect: bool = False
+    ) -> None:
         policy = SoftmaxPolicy() if policy is None else policy
         if not isinstance(policy, SoftmaxPolicy | ReLUPolicy):
             raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
@@ -111,18 +114,17 @@ class HSRCache(Cache):
                 f"the cache was made for a model of {len(self.layers)} layers, got layer_idx "
                 f"{layer_idx}; make it from the config of the model that uses it"
             )
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
-        keys, values = layer.update(key_states, value_states, *args, **kwargs)
         if isinstance(layer, HSRLayer) and layer_idx != self._first:
             found, expected = len(layer.rows), self.get_seq_length(self._first)
             if found != expected:
                 raise ValueError(
-                    f"all layers of a cache must hold the same tokens, got {found} in layer {layer_idx} "
-                    f"and {expected} in layer {self._first}; an earlier call failed half-way or another "
-                    "model uses this cache: make a new one or call reset()"
+                    f"all layers of a cache must hold the same tokens, got {found} in layer "
+                    f"{layer_idx} and {expected} in layer {self._first}; an earlier call failed "
+                    "half-way or another model uses this cache: make a new one or call reset()"
                 )
         return keys, values
-
 
 
 def _layers(config: Any, decoder: Any, policy: Policy, collect: bool) -> list[Any]:
@@ -131,21 +133,23 @@ def _layers(config: Any, decoder: Any, policy: Policy, collect: bool) -> list[An
     for name in ("attn_logit_softcapping", "attn_logit_softcap"):
         if (cap := getattr(decoder, name, None)) is not None:
             raise ValueError(
-                f"hsr attention does not support soft-capped logits, got {name}={cap} in the config"
+                f"hsr attention does not support soft-capped logits, got {name}={cap} in config"
             )
     model = ModelShape(decoder)
-    layers = [_layer(layer, policy, model, collect) for layer in DynamicCache(config=config).layers]
+    layers = [
+        _layer(layer, policy, model, collect) for layer in DynamicCache(config=config).layers
+    ]
     kinds = {type(layer) for layer in layers}
     if HSRLayer not in kinds:
         window = getattr(decoder, "sliding_window", None)
         raise ValueError(
-            f"HSRCache needs a layer with full attention, got none (sliding_window={window} in the "
-            "config)"
+            "HSRCache needs a layer with full attention, got none "
+            f"(sliding_window={window} in the config)"
         )
     if isinstance(policy, ReLUPolicy) and DenseSlidingLayer in kinds:
         raise ValueError(
-            "a ReLUPolicy needs full attention in every layer, got sliding-window layers (they would "
-            "stay softmax)"
+            "a ReLUPolicy needs full attention in every layer, got sliding-window layers "
+            "(they would stay softmax)"
         )
     return layers
 

@@ -21,9 +21,9 @@ _PREPARE = "_prepare_cache_for_generation"
 def enable(model: PreTrainedModel, policy: Policy | None = None) -> Iterator[PreTrainedModel]:
     """Let ``model`` attend by ``policy`` inside the block, and leave it as it was after.
 
-    ``model.generate(...)`` and ``model(...)`` without a cache get an ``HSRCache``; code that passes
-    none (pipelines, lm-eval) needs no change. Only this model changes, nothing global. Blocks nest: the
-    innermost policy holds.
+    ``model.generate(...)`` and ``model(...)`` without a cache get an ``HSRCache``; code that
+    passes none (pipelines, lm-eval) needs no change. Only this model changes, nothing global.
+    Blocks nest: the innermost policy holds.
 
     Raises
     ------
@@ -31,7 +31,9 @@ def enable(model: PreTrainedModel, policy: Policy | None = None) -> Iterator[Pre
         If the model cannot use an ``HSRCache``, or, inside, if another kind of cache is asked for.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}"
+        )
     new_cache = partial(HSRCache, model.config, policy)
     policy = new_cache().policy  # refuses what cannot work before anything changes
     with ExitStack() as undo:

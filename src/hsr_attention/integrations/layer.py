@@ -32,9 +32,9 @@ _METADATA = frozenset(
 class CachedRows(torch.Tensor):
     """Keys or values that stand in a cache: shape and dtype of a tensor, but not its data.
 
-    ``HSRLayer.update`` returns them in place of all the keys, so that a decoding step costs nothing
-    that grows with the cache. Only the attention function "hsr" knows how to read them; any other
-    operation is an error, never an answer over the wrong keys.
+    ``HSRLayer.update`` returns them in place of all the keys, so that a decoding step copies
+    nothing that grows with the cache. Only the attention function "hsr" knows how to read them;
+    any other operation is an error, never an answer over the wrong keys.
     """
 
     layer: HSRLayer
@@ -43,7 +43,7 @@ class CachedRows(torch.Tensor):
 
     @classmethod
     def of(cls, layer: HSRLayer, new: torch.Tensor, is_fresh: bool) -> CachedRows:
-        """Stand for all rows of ``layer``, of which ``new`` are the newest (or, fresh, the only)."""
+        """Stand for all rows of ``layer``: ``new`` are the newest or, fresh, the only ones."""
         shape = (*new.shape[:2], len(layer.rows), new.shape[3])
         rows = torch.empty((), dtype=new.dtype).expand(shape).as_subclass(cls)
         rows.layer = layer
@@ -62,14 +62,14 @@ class CachedRows(torch.Tensor):
         """Answer questions of shape and dtype; refuse everything else and undo the append."""
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
-        for argument in args:
-            if isinstance(argument, cls):
-                argument.layer.forget_newest(argument)
-                break
+        for argument in (*args, *(kwargs or {}).values()):
+            for rows in argument if isinstance(argument, list | tuple) else (argument,):
+                if isinstance(rows, cls):
+                    rows.layer.forget_newest(rows)
         raise ValueError(
             "the keys of an HSRCache can only be read by the attention function 'hsr', got "
-            f"{getattr(func, '__name__', func)!r}; load the model with attn_implementation='hsr', or "
-            "call model.set_attn_implementation('hsr')"
+            f"{getattr(func, '__name__', func)!r}; load the model with attn_implementation='hsr', "
+            "or call model.set_attn_implementation('hsr')"
         )
 
 
@@ -207,12 +207,12 @@ class HSRLayer(CacheLayerMixin):
         """Undo the append that returned ``rows``, if it was the last one."""
         length = torch.Tensor.size(rows, 2)
         if len(self.rows) == length:
-            self.rows.crop(length - rows.new_tokens)
+            self._keep(length - rows.new_tokens)
 
     def attend(
         self, query: torch.Tensor, scale: float | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attend from the newest positions; query [batch, heads, m, head_dim] -> [..., value_dim]."""
+        """Attend from the newest m positions; query [batch, heads, m, head_dim]."""
         if self._certificates is None:
             return self.rows.attend(query, scale, mask=mask)
         out, certificate = self.rows.attend(query, scale, mask=mask, return_certificate=True)
@@ -220,11 +220,13 @@ class HSRLayer(CacheLayerMixin):
         return out
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all keys and values [batch, kv_heads, n, dim] as strided views, not to be written to.
+        """Return all keys and values [batch, kv_heads, n, dim] as views, not to be written to.
 
         While a view is held, growing the cache copies it.
         """
-        native = self.rows._layer  # its arrays, unlike rows.rows(), are writable: torch warns otherwise
+        native = (
+            self.rows._layer
+        )  # its arrays, unlike rows.rows(), are writable: torch warns otherwise
         keys, values = (
             torch.from_numpy(a if a.dtype == np.float32 else a.view(np.int16))
             for a in (native.keys(), native.values())
@@ -279,10 +281,10 @@ class HSRLayer(CacheLayerMixin):
         """Remove the newest ``-tokens_to_remove`` tokens (0 or negative, as in transformers)."""
         if tokens_to_remove > 0:
             raise ValueError(
-                "tokens_to_remove must be <= 0 (the negative of the number of tokens to remove), got "
+                "tokens_to_remove must be <= 0 (minus the number of tokens to remove), got "
                 f"{tokens_to_remove}"
             )
-        self.rows.crop(max(len(self.rows) + int(tokens_to_remove), 0))
+        self._keep(max(len(self.rows) + int(tokens_to_remove), 0))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make batch row i the former row ``beam_idx[i]``."""
@@ -298,6 +300,12 @@ class HSRLayer(CacheLayerMixin):
         """Keep the batch rows ``indices``: integers or a boolean mask."""
         if len(self.rows):
             self._select(torch.arange(self.batch_rows)[indices])
+
+    def _keep(self, tokens: int) -> None:
+        if tokens:
+            self.rows.crop(tokens)
+        else:  # an empty cache takes tokens of any shape
+            self.rows = KVCache(self.policy)
 
     def _select(self, batch_indices: torch.Tensor) -> None:
         self.rows.reorder(batch_indices)

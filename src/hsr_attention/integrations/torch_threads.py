@@ -16,7 +16,7 @@ _followed = _DEFAULT
 
 
 def follow_torch() -> None:
-    """Use torch's number of threads, unless HSR_NUM_THREADS or ``set_num_threads`` chose another."""
+    """Use as many threads as torch, unless HSR_NUM_THREADS or ``set_num_threads`` said."""
     global _followed
     if "HSR_NUM_THREADS" not in os.environ and _native.num_threads() in (_DEFAULT, _followed):
         _followed = torch.get_num_threads()
