@@ -1,0 +1,1 @@
+"""Measurements on real models: loading, generation, perplexity, capture of heads, output error."""

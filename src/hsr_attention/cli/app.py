@@ -1,0 +1,42 @@
+"""The commands of ``hsr``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hsr_attention.cli import bench, capture, evaluate, generate, info
+
+app = typer.Typer(
+    help="Attention by half-space reporting: few keys, bounded error, fast on CPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# typer brings its own click, older ones use click's.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def _version(value: bool) -> None:
+    if value:
+        import importlib.metadata
+
+        typer.echo(f"hsr-attention {importlib.metadata.version('hsr-attention')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("info")(info.run)
+app.command("generate")(generate.run)
+app.command("capture")(capture.run)
+app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="evaluate")

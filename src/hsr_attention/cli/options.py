@@ -1,0 +1,194 @@
+"""Options that several commands share, and how they are read."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hsr_attention.evaluation.errors import InputError
+from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
+from hsr_attention.thresholds import Gaussian
+
+
+class Dtype(enum.StrEnum):
+    """Element types of a model."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class RopeScaling(enum.StrEnum):
+    """Ways to reach beyond the context a model was trained for."""
+
+    yarn = "yarn"
+
+
+Model = Annotated[
+    str,
+    typer.Option("--model", help="A transformers directory, a .gguf file, or the word smollm2."),
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompt-file", help="A text file (UTF-8).", show_default=False)
+]
+Essays = Annotated[
+    int | None,
+    typer.Option(
+        "--essays", min=1, help="Use this many tokens of the PaulGrahamEssays.", show_default=False
+    ),
+]
+PolicyWords = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        help="Which keys matter: epsilon=0.05 | top_r=64 | threshold=1.5 | threshold=gaussian, "
+        "and tail=sketch|drop, exact=true, exact_share=, tail_epsilon=, certify=; or "
+        "attention=relu with threshold= and power=. Words stand between commas.",
+        show_default="the library's default policy",
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Element type of the model.")]
+MaxContext = Annotated[
+    int | None,
+    typer.Option(
+        "--max-context",
+        min=1,
+        help="Extend the model's context to this many tokens (YaRN).",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="Threads of torch and of hsr.", show_default="all cores"
+    ),
+]
+
+_NUMBERS = {
+    "epsilon": float,
+    "top_r": int,
+    "exact_share": float,
+    "tail_epsilon": float,
+    "power": int,
+}
+_FLAGS = ("exact", "certify")
+_SOFTMAX = (
+    "epsilon",
+    "top_r",
+    "threshold",
+    "tail",
+    "exact",
+    "exact_share",
+    "tail_epsilon",
+    "certify",
+)
+_RELU = ("threshold", "power")
+
+
+def policy(words: list[str] | None) -> Policy:
+    """Return the policy that words such as ``top_r=64,tail=drop`` ask for."""
+    found: dict[str, Any] = {}
+    for word in ",".join(words or []).replace(",", " ").split():
+        name, equals, text = word.partition("=")
+        if not equals or name not in {*_SOFTMAX, *_RELU, "attention"}:
+            known = ", ".join(f"{x}=" for x in ("attention", *_SOFTMAX, "power"))
+            raise InputError(f"unknown policy word {word!r}; expected {known}")
+        if name in found:
+            raise InputError(f"policy word {name}= is given twice")
+        found[name] = _value(name, text)
+    attention = found.pop("attention", "softmax")
+    if attention not in ("softmax", "relu"):
+        raise InputError(f"policy attention= must be softmax or relu, got {attention!r}")
+    allowed = _SOFTMAX if attention == "softmax" else _RELU
+    for name in found:
+        if name not in allowed:
+            raise InputError(f"policy word {name}= does not belong to attention={attention}")
+    try:
+        return SoftmaxPolicy(**found) if attention == "softmax" else ReLUPolicy(**found)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"policy: {error}") from None
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        if name in _NUMBERS:
+            return _NUMBERS[name](text)
+        if name in _FLAGS:
+            return {"true": True, "false": False}[text.lower()]
+        if name == "threshold":
+            return Gaussian() if text == "gaussian" else float(text)
+    except (ValueError, KeyError):
+        rule = "true or false" if name in _FLAGS else "a number"
+        if name in ("top_r", "power"):
+            rule = "an integer"
+        raise InputError(f"policy {name}= must be {rule}, got {text!r}") from None
+    return text
+
+
+def text(prompt_file: Path | None, essays: int | None) -> str:
+    """Return the text that was asked for: a file, or the essays."""
+    from hsr_attention.evaluation import texts
+
+    if (prompt_file is None) == (essays is None):
+        raise InputError("give one of --prompt-file and --essays")
+    return texts.essays() if prompt_file is None else texts.read_prompt(prompt_file)
+
+
+def set_threads(threads: int | None) -> int:
+    """Give torch and hsr the same number of threads, by default one for each core we may use."""
+    import os
+
+    import torch
+
+    import hsr_attention as hsr
+    from hsr_attention.integrations import torch_threads
+
+    if threads is None:
+        given = os.environ.get("HSR_NUM_THREADS")
+        allowed = getattr(os, "sched_getaffinity", None)
+        threads = int(given) if given else len(allowed(0)) if allowed else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    hsr.set_num_threads(threads)
+    torch_threads.share_openmp()
+    return threads
+
+
+def machine() -> dict[str, Any]:
+    """Return what numbers depend on: instruction set, threads, versions, processor."""
+    import torch
+
+    import hsr_attention as hsr
+
+    found = hsr.info()
+    found["torch_threads"] = torch.get_num_threads()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                found["processor"] = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return found
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and notices of transformers off stderr."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def writable(path: Path | None, option: str) -> None:
+    """Refuse an output file in a directory that does not exist, before any work is done."""
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{option}: directory {path.parent} does not exist")

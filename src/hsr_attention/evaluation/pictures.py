@@ -1,0 +1,117 @@
+"""Pictures of what was measured, as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hsr_attention.evaluation.comparison import Run
+from hsr_attention.evaluation.decode_statistics import Summary
+
+HSR_COLOUR, DENSE_COLOUR = "#1b6ca8", "#c65d21"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def generation(path: Path, title: str, hsr: Run, dense: Run | None, found: Summary | None) -> None:
+    """Draw density by layer and head, and the time of a token against its position."""
+    figure = _figure(12.5, 6.4)
+    figure.suptitle(title)
+    places = [["density", "length"], ["density", "tokens"]]
+    axes = figure.subplot_mosaic(places, width_ratios=[1, 1.15])
+    _density(figure, axes["density"], found)
+    runs = [(hsr, HSR_COLOUR, "half-space reporting")]
+    if dense is not None:
+        runs.append((dense, DENSE_COLOUR, "dense"))
+    _times_by_length(axes["length"], runs)
+    _times_of_tokens(axes["tokens"], runs)
+    figure.savefig(path, dpi=130)
+
+
+def _density(figure: Any, axes: Any, found: Summary | None) -> None:
+    from matplotlib.colors import LogNorm
+
+    axes.set_title("Share of the keys that a token attends to")
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    if found is None:
+        axes.text(0.5, 0.5, "nothing was decoded", ha="center", transform=axes.transAxes)
+        return
+    share = 100 * found.density
+    low, high = max(share.min(), 0.01), max(share.max(), 0.02)
+    image = axes.imshow(
+        np.maximum(share, low), aspect="auto", cmap="viridis", norm=LogNorm(low, high)
+    )
+    step = max(1, len(found.layers) // 15)
+    axes.set_yticks(range(0, len(found.layers), step), found.layers[::step])
+    heads = share.shape[1]
+    axes.set_xticks(range(0, heads, max(1, heads // 12)))
+    bar = figure.colorbar(image, ax=axes, label="per cent of the keys (logarithmic)")
+    ticks = [d * 10.0**e for e in range(-2, 3) for d in (1, 2, 5) if low <= d * 10.0**e <= high]
+    bar.set_ticks(ticks or [low, high], labels=[f"{x:g}" for x in ticks or [low, high]])
+    bar.minorticks_off()
+
+
+def _times_by_length(axes: Any, runs: list[tuple[Run, str, str]]) -> None:
+    axes.set_title("Time of one token of the whole model, by tokens in the cache")
+    for run, colour, label in runs:
+        if run.by_position:
+            ms = [1e3 * s for s in run.by_position.values()]
+            axes.plot(list(run.by_position), ms, "-o", color=colour, markersize=4, label=label)
+    axes.set_xlabel("tokens in the cache")
+    _time_axis(axes)
+    axes.set_xlim(left=0)
+
+
+def _times_of_tokens(axes: Any, runs: list[tuple[Run, str, str]]) -> None:
+    axes.set_title("Time of each generated token")
+    shown = 0.0
+    for run, colour, label in runs:
+        ms = 1e3 * np.array(run.decoded.seconds)
+        if not ms.size:
+            continue
+        shown = max(shown, 2.5 * float(np.median(ms)))
+        at = run.prompt_tokens + 1 + np.arange(ms.size)
+        label = f"{label} ({run.path}): median {np.median(ms):.1f} ms"
+        axes.plot(at, ms, ".-", color=colour, linewidth=0.8, markersize=4, label=label)
+    axes.set_xlabel("position of the token")
+    _time_axis(axes)
+    if shown:
+        axes.set_ylim(top=shown)  # a pause of the machine must not flatten everything else
+
+
+def _time_axis(axes: Any) -> None:
+    axes.set_ylabel("milliseconds")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best")
+
+
+def decode_speed(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+    """Draw the time of decoding attention by layer, dense and half-space reporting."""
+    figure = _figure(max(8.0, 0.5 * len(rows) + 3), 4.8)
+    axes = figure.subplots()
+    at = np.arange(len(rows))
+    dense = [row["dense_ms"][row["fastest_dense"]] for row in rows]
+    axes.bar(at - 0.2, dense, 0.4, color=DENSE_COLOUR, label="fastest dense path")
+    axes.bar(at + 0.2, [r["hsr_ms"] for r in rows], 0.4, color=HSR_COLOUR, label="hsr")
+    for x, row, height in zip(at, rows, dense, strict=True):
+        top = max(height, row["hsr_ms"])
+        axes.annotate(f"{row['speedup']:.1f}x", (x, top), ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(at, [row["layer"] for row in rows])
+    axes.set_xlabel("layer")
+    axes.set_ylabel("milliseconds a token (attention only)")
+    axes.set_title(title, fontsize=10)
+    axes.legend()
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=130)
