@@ -1,0 +1,417 @@
+"""Every command on a tiny model, and every bad input with its exit code and its one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from hsr_attention.cli import main
+from hsr_attention.cli.options import policy
+from hsr_attention.evaluation.errors import InputError
+from hsr_attention.policies import ReLUPolicy, SoftmaxPolicy
+from hsr_attention.thresholds import Gaussian
+
+needs_torch = pytest.mark.transformers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    pytest.importorskip("transformers")
+    import tiny
+
+    return str(tiny.save(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory):
+    import tiny
+
+    path = tmp_path_factory.mktemp("text") / "prompt.txt"
+    path.write_text(tiny.words(300))
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run ``hsr``; return the exit code, stdout, and stderr."""
+
+    def call(*arguments):
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def ok(result):
+    code, out, err = result
+    assert code == 0, err
+    return out
+
+
+def refused(result, *expected, code=2):
+    """Check the exit code and that stderr ends in one line that says why."""
+    found, _, err = result
+    lines = err.strip().splitlines()
+    assert found == code, err
+    assert lines[-1].startswith("hsr: ")
+    for text in expected:
+        assert text in lines[-1]
+
+
+# ---- info and the frame
+
+
+def test_info(run):
+    found = json.loads(ok(run("info", "--json")))
+    assert found["isa"] in found["isa_available"]
+    assert set(found) >= {"version", "num_threads", "packages"}
+    assert found["isa"] in ok(run("info"))
+
+
+def test_version_and_help(run):
+    assert "hsr-attention" in ok(run("--version"))
+    for command in ("info", "generate", "capture", "bench", "evaluate"):
+        assert command in ok(run("--help"))
+
+
+def test_the_command_starts_without_torch():
+    code = "import sys, hsr_attention.cli.app; print('torch' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("module", "extra"), [("typer", "cli"), ("rich", "cli")])
+def test_a_missing_package_names_its_extra(module, extra):
+    code = f"import sys; sys.modules[{module!r}] = None; from hsr_attention.cli import main; "
+    code += "sys.exit(main(['info']))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.strip().count("\n") == 0
+    assert f"pip install 'hsr-attention[{extra}]'" in found.stderr
+
+
+def test_missing_torch_names_its_extra(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "p.txt").write_text("text")
+    code = "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None; "
+    code += "from hsr_attention.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["generate", "--model", str(tmp_path), "--prompt-file", str(tmp_path / "p.txt")]
+    found = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert "pip install 'hsr-attention[transformers]'" in found.stderr
+
+
+def test_unknown_command_and_option(run):
+    refused(run("nosuch"), "nosuch")
+    refused(run("info", "--nosuch"), "--nosuch")
+
+
+# ---- policies
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], SoftmaxPolicy()),
+        (["epsilon=0.05"], SoftmaxPolicy(epsilon=0.05)),
+        (["top_r=64,tail=drop"], SoftmaxPolicy(top_r=64, tail="drop")),
+        (["top_r=64", "tail=drop"], SoftmaxPolicy(top_r=64, tail="drop")),
+        (["exact=true certify=false"], SoftmaxPolicy(exact=True, certify=False)),
+        (["threshold=-1.5"], SoftmaxPolicy(threshold=-1.5)),
+        (["threshold=gaussian"], SoftmaxPolicy(threshold=Gaussian())),
+        (["attention=relu,threshold=0.5,power=2"], ReLUPolicy(threshold=0.5, power=2)),
+    ],
+)
+def test_policy_words(words, expected):
+    assert policy(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("epsilon", "unknown policy word 'epsilon'"),
+        ("epsilonn=0.1", "unknown policy word"),
+        ("epsilon=much", "epsilon= must be a number"),
+        ("epsilon=1.5", "epsilon must lie in (0, 1)"),
+        ("epsilon=0", "epsilon must lie in (0, 1)"),
+        ("top_r=0", "top_r must be >= 1"),
+        ("top_r=-3", "top_r must be >= 1"),
+        ("top_r=1.5", "top_r= must be an integer"),
+        ("top_r=4,epsilon=0.1", "give one of epsilon, top_r and threshold"),
+        ("tail=keep", "tail must be one of"),
+        ("exact=maybe", "exact= must be true or false"),
+        ("epsilon=0.1,epsilon=0.2", "given twice"),
+        ("attention=linear", "attention= must be softmax or relu"),
+        ("attention=relu,top_r=5", "does not belong to attention=relu"),
+    ],
+)
+def test_bad_policy_words(words, expected, run, tmp_path):
+    with pytest.raises(InputError) as error:
+        policy([words])
+    assert expected in str(error.value)
+    arguments = ("--model", tmp_path, "--prompt-file", tmp_path, "--policy", words)
+    refused(run("generate", *arguments), expected)
+
+
+# ---- generate
+
+
+@needs_torch
+def test_generate_streams_and_sums_up(run, model, prompt, tmp_path):
+    picture = tmp_path / "report.png"
+    arguments = ("--model", model, "--prompt-file", prompt, "--max-new-tokens", 8, "--ignore-eos")
+    out = ok(run("generate", *arguments, "--compare-dense", "--report", picture))
+    for text in ("time to first token", "tokens/s", "Density by layer", "omitted mass", "peak"):
+        assert text in out
+    for text in ("sdpa", "same token", "log-probability"):
+        assert text in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_torch
+def test_exact_generation_is_dense_generation(run, model, prompt):
+    """A policy that omits next to nothing and reads everything exactly gives the dense text."""
+    arguments = ("--model", model, "--prompt-file", prompt, "--max-new-tokens", 24, "--ignore-eos")
+    exact = ("--policy", "epsilon=1e-7,exact=true")
+    found = json.loads(ok(run("generate", *arguments, *exact, "--compare-dense", "--json")))
+    assert found["hsr"]["tokens"] == found["dense"]["tokens"]
+    assert len(found["hsr"]["tokens"]) == 24
+    assert len(found["hsr"]["decode_seconds"]) == 23
+    assert found["agreement"]["tokens"] == found["agreement"]["best"] == 24
+    assert found["agreement"]["logprob_max"] < 1e-4
+    assert found["prompt_tokens"] == 300
+    density = found["hsr"]["certificate"]["density"]
+    assert len(density) == 2
+    assert len(density[0]) == 4
+    assert 0 < found["hsr"]["certificate"]["omitted_mass"]["worst"] <= 1e-6
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("words", ["top_r=8,tail=drop", "threshold=gaussian", "certify=false"])
+def test_generate_by_every_rule(run, model, prompt, dtype, words):
+    arguments = ("--model", model, "--prompt-file", prompt, "--max-new-tokens", 4, "--ignore-eos")
+    found = json.loads(
+        ok(run("generate", *arguments, "--policy", words, "--dtype", dtype, "--json"))
+    )
+    assert found["dtype"] == dtype
+    assert found["dense"] is None
+    assert len(found["hsr"]["tokens"]) == 4
+
+
+@needs_torch
+def test_chunks_of_the_prompt_change_nothing(run, model, prompt):
+    arguments = ("--model", model, "--prompt-file", prompt, "--max-new-tokens", 6, "--json")
+    whole, parts = (
+        json.loads(ok(run("generate", *arguments, "--prefill-chunk", chunk)))
+        for chunk in (512, 70)
+    )
+    assert whole["hsr"]["tokens"] == parts["hsr"]["tokens"]
+
+
+@needs_torch
+def test_one_new_token_has_no_decoding(run, model, prompt, tmp_path):
+    arguments = ("--model", model, "--prompt-file", prompt, "--max-new-tokens", 1)
+    found = json.loads(ok(run("generate", *arguments, "--json", "--compare-dense")))
+    assert found["hsr"]["decode_tokens_per_second"] is None
+    assert found["hsr"]["certificate"] is None
+    assert "-" in ok(run("generate", *arguments, "--report", tmp_path / "r.png"))
+
+
+@needs_torch
+@pytest.mark.parametrize("extension", [("--rope-scaling", "yarn"), ("--max-context", 1024)])
+def test_yarn_reaches_beyond_the_context(run, model, tmp_path, extension):
+    import tiny
+
+    path = tmp_path / "long.txt"
+    path.write_text(tiny.words(tiny.CONTEXT + 100))
+    arguments = ("--model", model, "--prompt-file", path, "--max-new-tokens", 3, "--json")
+    refused(
+        run("generate", *arguments),
+        f"has {tiny.CONTEXT + 100} tokens",
+        f"context is {tiny.CONTEXT}",
+        f"--max-prompt-tokens {tiny.CONTEXT - 3}",
+        "--max-context",
+    )
+    found = json.loads(ok(run("generate", *arguments, *extension)))
+    assert found["context_before_yarn"] == tiny.CONTEXT
+    assert found["prompt_tokens"] == tiny.CONTEXT + 100
+    cut = json.loads(ok(run("generate", *arguments, "--max-prompt-tokens", tiny.CONTEXT - 3)))
+    assert cut["prompt_tokens"] == tiny.CONTEXT - 3
+
+
+@needs_torch
+def test_bad_prompts(run, model, prompt, tmp_path):
+    empty, broken = tmp_path / "empty.txt", tmp_path / "broken.txt"
+    empty.write_text(" \n\n")
+    broken.write_bytes(b"\xff\xfe\x00")
+
+    def generate(*arguments):
+        return run("generate", "--model", model, *arguments)
+
+    refused(generate("--prompt-file", empty), "is empty")
+    refused(generate("--prompt-file", broken), "must be UTF-8")
+    refused(generate("--prompt-file", tmp_path / "nothing.txt"), "does not exist")
+    refused(generate(), "give one of --prompt-file and --essays")
+    refused(generate("--prompt-file", prompt, "--essays", 5), "give one of")
+    refused(generate("--prompt-file", prompt, "--max-new-tokens", 0), "--max-new-tokens")
+    refused(generate("--prompt-file", prompt, "--max-new-tokens", -4), "--max-new-tokens")
+    refused(generate("--prompt-file", prompt, "--dtype", "int8"), "--dtype")
+    refused(generate("--prompt-file", prompt, "--report", tmp_path / "no" / "r.png"), "--report")
+
+
+@needs_torch
+def test_bad_models(run, prompt, tmp_path):
+    no_config, bad_config, no_weights = (tmp_path / x for x in ("a", "b", "c"))
+    for directory in (no_config, bad_config, no_weights):
+        directory.mkdir()
+    (bad_config / "config.json").write_text("{not json")
+    import tiny
+
+    tiny.config().save_pretrained(no_weights)
+    tiny.tokenizer().save_pretrained(no_weights)
+    broken, short = tmp_path / "broken.gguf", tmp_path / "short.gguf"
+    broken.write_bytes(b"not a model")
+    short.write_bytes(b"GGUF\x03\x00\x00\x00")
+
+    def generate(name):
+        return run("generate", "--model", name, "--prompt-file", prompt)
+
+    refused(generate(tmp_path / "nothing"), "does not exist")
+    refused(generate(tmp_path / "nothing.gguf"), "does not exist")
+    refused(generate(prompt), "is neither")
+    refused(generate(no_config), "has no config.json")
+    refused(generate(bad_config), "is broken")
+    refused(generate(no_weights), "is broken", "weights")
+    refused(generate(broken), "does not start with 'GGUF'")
+    refused(generate(short), "is broken")
+
+
+@needs_torch
+def test_out_of_memory_is_a_failure(run, model, prompt, monkeypatch):
+    from hsr_attention.evaluation import generation
+
+    arguments = ("generate", "--model", model, "--prompt-file", prompt)
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 TB")):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(generation, "prefill", fail)
+        refused(run(*arguments), "out of memory", "--max-prompt-tokens", code=1)
+
+
+# ---- capture and bench
+
+
+@pytest.fixture(scope="module")
+def heads(model, prompt, tmp_path_factory):
+    path = tmp_path_factory.mktemp("heads") / "heads.safetensors"
+    arguments = ["--model", model, "--prompt-file", prompt, "--tokens", "256", "--layers", "0,1"]
+    assert main(["capture", *arguments, "--out", str(path), "--queries", "16"]) == 0
+    return str(path)
+
+
+@needs_torch
+def test_capture_writes_heads(heads):
+    from safetensors import safe_open
+
+    with safe_open(heads, "pt") as file:
+        assert set(file.keys()) == {f"{x}{layer}" for x in "qkv" for layer in (0, 1)}
+        assert file.get_tensor("q0").shape == (4, 16, 16)
+        assert file.get_tensor("k1").shape == file.get_tensor("v1").shape == (2, 256, 16)
+        facts = file.metadata()
+    assert facts["tokens"] == "256"
+    assert facts["layers"] == "[0, 1]"
+    assert float(facts["scale"]) == 0.25
+
+
+@needs_torch
+def test_bad_captures(run, model, prompt, tmp_path):
+    def capture(*arguments, out=tmp_path / "x.safetensors"):
+        return run("capture", "--model", model, "--prompt-file", prompt, "--out", out, *arguments)
+
+    refused(capture("--layers", "0,two"), "--layers")
+    refused(capture("--layers", "0,2"), "must lie in [0, 2)")
+    refused(capture("--tokens", 301), "has 300 tokens")
+    refused(capture("--tokens", 0), "--tokens")
+    refused(capture(out=tmp_path / "no" / "x.safetensors"), "--out")
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_bench_decode_on_captured_heads(run, heads, dtype, tmp_path):
+    picture = tmp_path / "bench.png"
+    arguments = ("--keys", heads, "--dtype", dtype, "--rounds", 2, "--plot", picture, "--json")
+    found = json.loads(ok(run("bench", "decode", *arguments)))
+    assert found["synthetic"] is False
+    assert found["n"] == 256
+    assert found["total"]["violations"] == 0
+    assert found["total"]["rows_checked"] == 2 * 4 * 8
+    for row in found["layers"]:
+        assert row["relative_error_mean"] < 0.05
+        assert len(row["dense_ms"]) == 4
+        assert max(row["dense_relative_error"].values()) < 0.02
+        assert row["hsr_ms"] > 0
+        assert row["speedup"] == pytest.approx(min(row["dense_ms"].values()) / row["hsr_ms"])
+    assert {"isa", "num_threads", "packages", "torch_threads"} <= set(found["machine"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_torch
+def test_bench_decode_on_synthetic_heads_says_so(run):
+    out = ok(run("bench", "decode", "--n", 500, "--shape", "4/2x24", "--rounds", 1))
+    assert "synthetic heads (made up" in out
+    assert "speed-up" in out
+
+
+@needs_torch
+def test_bench_decode_refuses_more_keys_than_captured(run, heads):
+    arguments = ("bench", "decode", "--keys", heads, "--n", 600, "--rounds", 1, "--json")
+    refused(run(*arguments), "holds 256 keys", "--tile")
+    found = json.loads(ok(run(*arguments, "--tile")))
+    assert found["n"] == 600
+    assert "repeated to 600" in found["source"]
+
+
+@needs_torch
+def test_bad_benches(run, heads, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+    refused(run("bench", "decode", "--keys", tmp_path / "no"), "does not exist")
+    refused(run("bench", "decode", "--keys", broken), "is broken")
+    refused(run("bench", "decode", "--keys", heads, "--layers", "7"), "holds layers [0, 1]")
+    refused(run("bench", "decode", "--shape", "9x64"), "--shape")
+    refused(run("bench", "decode", "--shape", "9/2x64"), "multiple")
+    refused(run("bench", "decode", "--policy", "attention=relu"), "relu")
+    refused(run("bench", "decode", "--n", 0), "--n")
+
+
+@needs_torch
+def test_bench_append(run):
+    arguments = ("bench", "append", "--small", 100, "--large", 2000)
+    found = json.loads(ok(run(*arguments, "--json")))
+    assert set(found["append_us"]) == {"100", "2000"}
+    assert found["ratio"] > 0
+    assert "ratio" in ok(run(*arguments))
+
+
+# ---- evaluate
+
+
+@needs_torch
+def test_evaluate_perplexity(run, model, prompt):
+    arguments = ("--model", model, "--prompt-file", prompt, "--prefix", 200, "--tokens", 40)
+    found = json.loads(ok(run("evaluate", "perplexity", *arguments, "--json")))
+    assert found["hsr"] == pytest.approx(found["dense"], rel=0.01)
+    assert "perplexity, dense" in ok(run("evaluate", "perplexity", *arguments))
+    refused(run("evaluate", "perplexity", *arguments[:-1], 200), "has 300 tokens")
