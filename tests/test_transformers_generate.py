@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import hsr_attention as hsr  # noqa: E402
-from hsr_attention.integrations.attention import DECODE_POSITIONS  # noqa: E402
+from hsr_attention.integrations import attention  # noqa: E402
 from hsr_attention.integrations.layer import HSRLayer  # noqa: E402
 
 pytestmark = pytest.mark.transformers
@@ -136,7 +136,7 @@ def test_ways_to_generate(build, settings):
 
 
 @pytest.mark.parametrize("build", [llama, gemma3])
-def test_prompt_lookup(build):
+def test_prompt_lookup(several, build):
     model = build()
     ids = prompt(20).repeat(1, 6)  # repeats: candidates are found, some are taken back
     settings = {"prompt_lookup_num_tokens": 6, "max_new_tokens": 40}
@@ -147,7 +147,7 @@ def test_prompt_lookup(build):
 
 @pytest.mark.parametrize("build", [llama, gemma3])
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"prefill_chunk_size": 50}], ids=str)
-def test_left_padding(build, settings):
+def test_left_padding(several, build, settings):
     model = build()
     ids, mask = padded()
     dense = generate(model, ids, attention_mask=mask, **settings)
@@ -166,7 +166,7 @@ def test_padding_does_not_change_a_row():
 @pytest.mark.parametrize(
     "policy", [EVERYTHING, hsr.ReLUPolicy(threshold=0.1)], ids=["softmax", "relu"]
 )
-def test_padding_rows_are_finite(policy):
+def test_padding_rows_are_finite(several, policy):
     model = llama()
     ids, mask = padded()
     model.set_attn_implementation("hsr")
@@ -178,16 +178,25 @@ def test_padding_rows_are_finite(policy):
             assert torch.isfinite(out.logits).all()
 
 
-@pytest.mark.parametrize("m", [1, 2, DECODE_POSITIONS, DECODE_POSITIONS + 1, 40])
-def test_logits_equal_dense_for_any_number_of_new_tokens(m):
+@pytest.fixture(params=["sparse", "dense"])
+def several(request, monkeypatch):
+    """Answer several new positions at once by reports, or by one dense pass as for few keys."""
+    monkeypatch.setattr(attention, "KEYS_PER_POSITION", 0 if request.param == "sparse" else 10**9)
+    return request.param
+
+
+@pytest.mark.parametrize("m", [1, 2, 16, 40])
+def test_logits_equal_dense_for_any_number_of_new_tokens(several, m):
     model, ids = llama(), prompt(200)
     with torch.no_grad():
         dense = model(ids).logits[:, -m:]
         model.set_attn_implementation("hsr")
-        cache = hsr.HSRCache(model.config, EVERYTHING)
+        cache = hsr.HSRCache(model.config, EVERYTHING, collect=True)
         model(ids[:, :-m], past_key_values=cache)
-        sparse = model(ids[:, -m:], past_key_values=cache).logits
-    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+        found = model(ids[:, -m:], past_key_values=cache).logits
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
+    reported = m if m == 1 or several == "sparse" else 0
+    assert cache.statistics()[0].density.size == 4 * reported
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
 )
 
 from hsr_attention.integrations import torch_threads
@@ -22,6 +20,9 @@ from hsr_attention.integrations.layer import (
     ModelShape,
 )
 from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
+
+# Layers that hold a state, or nothing; by name, since older versions of transformers lack some.
+_WITHOUT_KEYS = frozenset({"LinearAttentionLayer", "DummyLayer"})
 
 
 class HSRCache(Cache):
@@ -159,6 +160,6 @@ def _layer(dense: Any, policy: Policy, model: ModelShape, collect: bool) -> Any:
         return HSRLayer(policy, model, collect)
     if type(dense) is DynamicSlidingWindowLayer:
         return DenseSlidingLayer(dense.sliding_window)
-    if type(dense) in (LinearAttentionLayer, DummyLayer):
+    if type(dense).__name__ in _WITHOUT_KEYS:
         return dense
     raise ValueError(f"HSRCache does not know cache layers of type {type(dense).__name__}")
