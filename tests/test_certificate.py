@@ -11,9 +11,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from attention_cases import KINDS, Case, between, make
 
 import hsr_attention as hsr
+from attention_cases import KINDS, Case, between, make
 from hsr_attention.prefill import attend_once
 
 POLICIES = {
@@ -77,13 +77,13 @@ def test_error_bound_over_more_keys(isa, kind, policy, visibility):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("d, value_dim", [(1, 1), (7, 33), (64, 64), (80, 16), (129, 31), (256, 5)])
+@pytest.mark.parametrize(
+    "d, value_dim", [(1, 1), (7, 33), (64, 64), (80, 16), (129, 31), (256, 5)]
+)
 def test_shapes_and_dtypes(isa, dtype, d, value_dim):
     """The bound covers the rounding of the output to the dtype of q."""
     for n, m in ((1, 1), (15, 2), (16, 3), (17, 1), (64, 16), (300, 1)):
-        case = make(
-            "random", n, n=n, m=m, d=d, value_dim=value_dim, batch=2, heads=2, dtype=dtype
-        )
+        case = make("random", n, n=n, m=m, d=d, value_dim=value_dim, batch=2, heads=2, dtype=dtype)
         check(case, POLICIES["default"])
         check(case, POLICIES["exact"])
 

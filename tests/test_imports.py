@@ -13,7 +13,14 @@ ROOT = Path(hsr_attention.__file__).parent
 
 # Floors, from the ground. A module imports from its own floor or below; a package is one name.
 FLOORS = (
-    ("_native", "report", "arguments", "thresholds", "attention.reference", "attention.certificate"),
+    (
+        "_native",
+        "report",
+        "arguments",
+        "thresholds",
+        "attention.reference",
+        "attention.certificate",
+    ),
     ("policies", "indexes", "machine", "theory"),
     ("kv_cache",),
     ("decode", "prefill"),

@@ -13,6 +13,10 @@ With one level that makes more than 20,000 cases, with three more than 26,000.
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hsr_attention as hsr
 from halfspace import (
     DIMS,
     DTYPES,
@@ -25,10 +29,6 @@ from halfspace import (
     typed,
     vectors,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-import hsr_attention as hsr
 from hsr_attention import _native
 from hsr_attention.attention import reference
 

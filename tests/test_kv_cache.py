@@ -4,9 +4,9 @@ import time
 
 import numpy as np
 import pytest
-from attention_cases import Case, make
 
 import hsr_attention as hsr
+from attention_cases import Case, make
 
 POLICIES = {
     "default": hsr.SoftmaxPolicy(),
@@ -74,7 +74,10 @@ def test_crop(isa, policy, left):
     # What was cropped may be written anew, with other numbers.
     other = make("clustered", 2, n=60, m=1)
     cache.append(other.k, other.v)
-    k, v = (np.concatenate([a[:, :, :left], b], axis=2) for a, b in ((case.k, other.k), (case.v, other.v)))
+    k, v = (
+        np.concatenate([a[:, :, :left], b], axis=2)
+        for a, b in ((case.k, other.k), (case.v, other.v))
+    )
     check(cache, Case(case.q, k, v))
 
 

@@ -55,9 +55,7 @@ def test_half_space(example):
 
 def test_top_r_prefers_the_smaller_index():
     scores = np.array([[1.0, 3.0, 3.0, 2.0, 3.0]])
-    np.testing.assert_array_equal(
-        reference.top_r(scores, 2), [[False, True, True, False, False]]
-    )
+    np.testing.assert_array_equal(reference.top_r(scores, 2), [[False, True, True, False, False]])
     assert reference.top_r(scores, 99).all()
     assert reference.top_r(np.array([[1.0, -np.inf]]), 2).tolist() == [[True, False]]
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from attention_cases import KINDS, Case, between, make
 
 import hsr_attention as hsr
+from attention_cases import KINDS, Case, between, make
 
 
 def single(case, threshold, power):
@@ -67,7 +67,9 @@ def test_block_and_chunk_edges(isa, n):
     check(case, 1.0)
 
 
-@pytest.mark.parametrize("d, value_dim", [(1, 1), (3, 40), (64, 64), (128, 7), (511, 2), (512, 512)])
+@pytest.mark.parametrize(
+    "d, value_dim", [(1, 1), (3, 40), (64, 64), (128, 7), (511, 2), (512, 512)]
+)
 def test_head_dims(isa, d, value_dim):
     check(make("random", d, n=70, d=d, value_dim=value_dim, heads=2), 0.3)
 
@@ -156,6 +158,4 @@ def test_grouped_queries_equal_repeated_keys(isa):
     case = make("random", 8, n=100, heads=6, kv_heads=2, batch=2)
     grouped = hsr.relu_attention(case.q, case.k, case.v, threshold=0.5)
     k, v = (np.repeat(x, 3, axis=1) for x in (case.k, case.v))
-    np.testing.assert_allclose(
-        grouped, hsr.relu_attention(case.q, k, v, threshold=0.5), atol=1e-6
-    )
+    np.testing.assert_allclose(grouped, hsr.relu_attention(case.q, k, v, threshold=0.5), atol=1e-6)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from attention_cases import Case, make
 
 import hsr_attention as hsr
+from attention_cases import Case, make
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (6, 2), (9, 3), (8, 1), (14, 2)])
