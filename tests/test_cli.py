@@ -261,6 +261,7 @@ def test_bad_prompts(run, model, prompt, tmp_path):
     refused(generate("--prompt-file", empty), "is empty")
     refused(generate("--prompt-file", broken), "must be UTF-8")
     refused(generate("--prompt-file", tmp_path / "nothing.txt"), "does not exist")
+    refused(generate("--prompt-file", tmp_path), "is not a file")
     refused(generate(), "give one of --prompt-file and --essays")
     refused(generate("--prompt-file", prompt, "--essays", 5), "give one of")
     refused(generate("--prompt-file", prompt, "--max-new-tokens", 0), "--max-new-tokens")
@@ -292,6 +293,14 @@ def test_bad_models(run, prompt, tmp_path):
     refused(generate(no_config), "has no config.json")
     refused(generate(bad_config), "is broken")
     refused(generate(no_weights), "is broken", "weights")
+    soft = tmp_path / "soft"
+    tiny.tokenizer().save_pretrained(soft)
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 62}
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).save_pretrained(soft)
+    refused(generate(soft), "soft-capped")
     refused(generate(broken), "does not start with 'GGUF'")
     refused(generate(short), "is broken")
 

@@ -63,7 +63,7 @@ def perplexity(
     loaded = models.load(model, dtype, max_context, tokenizer)
     results: dict[str, Any] = {}
     with console.progress() as bar:
-        for name, chosen in (("dense", None), ("hsr", wanted)):
+        for name, chosen in (("hsr", wanted), ("dense", None)):
             task = bar.add_task(name, total=n)
             results[name] = measure(
                 loaded.model,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import Policy
 
 
@@ -46,8 +47,12 @@ def hsr_cache(model: Any, policy: Policy, collect: bool = True) -> Any:
     """Switch ``model`` to half-space reporting and return an empty cache for it."""
     from hsr_attention.integrations.transformers import HSRCache
 
-    model.set_attn_implementation("hsr")
-    return HSRCache(model.config, policy, collect=collect)
+    try:
+        cache = HSRCache(model.config, policy, collect=collect)
+        model.set_attn_implementation("hsr")
+    except ValueError as error:  # soft-capped logits, an encoder, no layer with full attention
+        raise InputError(str(error)) from None
+    return cache
 
 
 def dense_cache(model: Any) -> Any:

@@ -87,7 +87,7 @@ def load_config(source: Source) -> Any:
 
 
 def load_model(source: Source, config: Any, dtype: str = "float32") -> Any:
-    """Load the weights, ready for evaluation, with dense attention."""
+    """Load the weights, ready for evaluation."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -99,7 +99,6 @@ def load_model(source: Source, config: Any, dtype: str = "float32") -> Any:
             **source.arguments,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
         )
 
     return _read(source, "weights", read).eval()

@@ -12,7 +12,8 @@ from hsr_attention.evaluation.errors import InputError
 def read_prompt(path: Path) -> str:
     """Return the text of a UTF-8 file; it must hold something besides white space."""
     if not path.is_file():
-        raise InputError(f"prompt file {path} does not exist")
+        rule = "is not a file" if path.exists() else "does not exist"
+        raise InputError(f"prompt file {path} {rule}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
