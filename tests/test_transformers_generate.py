@@ -276,6 +276,55 @@ def test_a_cached_prefix_serves_two_prompts():
         assert torch.equal(text, generate(model, whole))
 
 
+ARCHITECTURES = {
+    "Qwen3": {},
+    "Phi3": {"sliding_window": None},
+    "Granite": {"attention_multiplier": 0.3},
+    "GPTNeoX": {},
+    "GPT2": {"n_embd": 64, "n_head": 4, "n_layer": 2},
+    "Cohere2": {"sliding_window": 16},
+    "Llama4": {"intermediate_size_mlp": 96, "num_local_experts": 2, "attention_chunk_size": 32},
+    "Qwen3Next": {  # linear attention in three layers of four
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "Gemma3n": {  # the last layers read the keys of earlier ones
+        "num_hidden_layers": 10,
+        "num_kv_shared_layers": 5,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
+        "sliding_window": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 10,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name):
+    part = "Text" if name in ("Llama4", "Gemma3n") else ""
+    settings = SMALL | {"num_hidden_layers": 4, "num_key_value_heads": 2} | ARCHITECTURES[name]
+    torch.manual_seed(5)
+    head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    config = getattr(transformers, f"{name}{part}Config")(**settings)
+    model = getattr(transformers, head)(config).eval()
+    ids, mask = padded(tokens=100)
+    dense = generate(model, ids, attention_mask=mask, max_new_tokens=12)
+    with hsr.enable(model, EVERYTHING):
+        out = generate(
+            model, ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True
+        )
+    assert isinstance(out.past_key_values, hsr.HSRCache)
+    assert torch.equal(out.sequences, dense)
+
+
 # --- enable -------------------------------------------------------------------------------------
 
 

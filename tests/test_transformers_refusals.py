@@ -154,6 +154,11 @@ def test_encoder_decoder():
         hsr.HSRCache(transformers.BartConfig())
 
 
+def test_latent_attention():
+    with pytest.raises(ValueError, match="multi-head latent attention, got kv_lora_rank=512"):
+        hsr.HSRCache(transformers.DeepseekV3Config())
+
+
 def test_no_layer_with_full_attention():
     with pytest.raises(ValueError, match=r"needs a layer with full attention.*sliding_window=16"):
         hsr.HSRCache(config(transformers.MistralConfig, sliding_window=16))

@@ -136,6 +136,11 @@ def _layers(config: Any, decoder: Any, policy: Policy, collect: bool) -> list[An
             raise ValueError(
                 f"hsr attention does not support soft-capped logits, got {name}={cap} in config"
             )
+    if getattr(decoder, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            "hsr attention does not support multi-head latent attention, got "
+            f"kv_lora_rank={decoder.kv_lora_rank} in config"
+        )
     model = ModelShape(decoder)
     layers = [
         _layer(layer, policy, model, collect) for layer in DynamicCache(config=config).layers
