@@ -3,7 +3,7 @@
 A row is one query of one head, judged against dense attention in float64. Every kind of input
 (``attention_cases.KINDS``) meets every policy, at each of the L instruction-set levels of the machine:
 
-- quick: 16 kinds x 11 policies x 12 rows = 2,112 rows a level, and 2,592 of other shapes and dtypes;
+- quick: 16 kinds x 11 policies x 12 rows = 2,112 rows a level, and 3,456 of other shapes and dtypes;
 - slow: 16 kinds x 11 policies x 3 visibilities x 48 rows = 25,344 rows a level.
 """
 

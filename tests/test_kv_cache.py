@@ -219,7 +219,7 @@ def test_bad_crops_and_reorders():
     cache = filled(None, case.k, case.v)
     with pytest.raises(ValueError, match="n must be >= 0, got -1"):
         cache.crop(-1)
-    with pytest.raises(TypeError, match="n must be an integer, got 2.5"):
+    with pytest.raises(TypeError, match=r"n must be an integer, got 2\.5"):
         cache.crop(2.5)
     for rows in ([2], [-1], [], [[0]], [0.5]):
         with pytest.raises(ValueError, match="batch_indices must"):
