@@ -254,6 +254,34 @@ def test_relu_attention_equals_dense(settings):
     assert not torch.equal(softmax, sparse)
 
 
+def test_autocast():
+    model, ids = llama(), prompt()
+    model.set_attn_implementation("hsr")
+    cache = hsr.HSRCache(model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        text = generate(model, ids, past_key_values=cache)
+    assert text.shape == (1, ids.shape[1] + 20)
+    assert all(x.dtype is torch.bfloat16 for x in cache.layers[0].tensors())
+
+
+def test_assistant():
+    model, assistant, ids = llama(), llama(num_hidden_layers=1), prompt(20).repeat(1, 6)
+    dense = generate(model, ids, assistant_model=assistant)
+    with hsr.enable(model, EVERYTHING):
+        assert torch.equal(dense, generate(model, ids, assistant_model=assistant))
+
+
+def test_a_conversation_goes_on_in_the_same_cache():
+    model, ids = llama(), prompt()
+    model.set_attn_implementation("hsr")
+    cache = hsr.HSRCache(model.config, EVERYTHING)
+    first = generate(model, ids, past_key_values=cache)
+    longer = torch.cat([first, prompt(9, seed=9)], 1)
+    second = generate(model, longer, past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(second, generate(model, longer))
+
+
 def test_a_cached_prefix_serves_two_prompts():
     import copy
 

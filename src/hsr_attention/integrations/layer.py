@@ -191,6 +191,9 @@ class HSRLayer(CacheLayerMixin):
 
         Costs O(t), whatever is cached already.
         """
+        if torch.is_autocast_enabled("cpu"):  # rotary embeddings leave float32 keys beside values
+            dtype = torch.get_autocast_dtype("cpu")
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         is_fresh = len(self.rows) == 0
