@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -16,9 +17,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
 constexpr size_t kChunkBlocks = 128;             // 2,048 keys: their estimates fit the first cache
 constexpr size_t kChunkKeys = kChunkBlocks * kBlock;
-constexpr size_t kSelectBlocks = 64;             // selected at a time: the lists of kept keys stay in cache too
 constexpr size_t kWorkspaceFloats = 4u << 20;    // estimates alive at once: 16 MiB
-constexpr size_t kSampleBlocks = 128;
+constexpr size_t kSampleBlocks = 96;             // read to guess where epsilon of the mass is reached
 
 // A band of 4-bit estimates above this many nats decides little: scan both planes at once.
 constexpr double kWideBand = 6.0;
@@ -30,8 +30,9 @@ enum class Scan { four, eight, full };
 
 // Sums of one (tile, chunk); all masses are relative to exp(reference).
 struct Partial {
-    double exact_mass[kTile], sketched[kTile], sketched_low[kTile], weight_error[kTile], weight_var[kTile];
+    double exact_mass[kTile], sketched[kTile], weight_band[kTile], weight_var[kTile];
     double omitted[kTile];
+    double relu_top[kTile];  // ReLU: largest logit - threshold; weights are relative to its power
     int64_t kept[kTile], exact[kTile], refined;
 };
 
@@ -48,13 +49,14 @@ struct Tile {
     size_t place[kTile];    // index into the results
     int64_t visible[kTile], seen[kTile];
     double norm[kTile], float_slack[kTile], reference[kTile], mass[kTile];
+    double lowering[kTile];   // by how much the threshold is lowered when too much was omitted
     double threshold[kTile];  // of the rule, in logits
     PreparedQuery prepared[kTile];
     CodedQuery coded[kTile];
     float vector[kTile][kMaxHeadDim];
     Scan scan;
     size_t blocks, chunks;  // coded blocks any of the queries may see
-    float* estimates;
+    float* uppers;  // upper bounds of the logits of coded keys, [count] rows of `stride`
     size_t stride;
     Selection selection[kTile];
     double tail_logit[kTile][kBlock];  // keys behind the coded blocks; -inf: not seen
@@ -77,10 +79,9 @@ struct KeptLists {
 };
 
 struct Workspace {
-    std::vector<float> estimates, accumulators, offsets, steps, squares;
+    std::vector<float> uppers, accumulators, offsets, steps, squares;
     std::vector<Partial> partials;
-    std::vector<double> chunk_mass;
-    std::vector<float> chunk_top;
+    std::vector<double> chunk_mass, chunk_top;
     std::vector<std::vector<Candidate>> candidates;
 };
 
@@ -134,13 +135,17 @@ private:
         static thread_local Workspace workspace;
         space_ = &workspace;
         tiles_.resize(count);
-        if (space_->estimates.size() < count * kTile * stride) space_->estimates.resize(count * kTile * stride);
+        if (space_->uppers.size() < count * kTile * stride) space_->uppers.resize(count * kTile * stride);
         Workspace& space = *space_;
-        parallel_for(count, [&](size_t t) {
-            prepare(tiles_[t], first + t, tiles_per_head);
-            tiles_[t].estimates = space.estimates.data() + t * kTile * stride;
+        queries_of_wave_.clear();
+        for (size_t t = 0; t < count; ++t) {
+            place_tile(tiles_[t], first + t, tiles_per_head);
+            tiles_[t].uppers = space.uppers.data() + t * kTile * stride;
             tiles_[t].stride = stride;
-        });
+            for (int q = 0; q < tiles_[t].count; ++q) queries_of_wave_.push_back({t, q});
+        }
+        for_each_query([&](Tile& tile, int q) { prepare(tile, q); });
+        for (Tile& tile : tiles_) tile.scan = kind_of_scan(tile, cache_.key_sketch(store_head(tile)));
         chunks_of_wave_.clear();
         for (size_t t = 0; t < count; ++t) {
             tiles_[t].partial_at = chunks_of_wave_.size();
@@ -154,51 +159,44 @@ private:
         for (auto* sums : {&space.offsets, &space.steps, &space.squares}) sums->resize(pieces * kTile * size_t(groups_));
     }
 
-    void prepare(Tile& tile, size_t index, size_t tiles_per_head) {
-        const size_t head = index / tiles_per_head, within = index % tiles_per_head;
+    void place_tile(Tile& tile, size_t index, size_t tiles_per_head) const {
+        const size_t head = index / tiles_per_head, from = index % tiles_per_head * kTile;
         tile.row = int(head) / cache_.kv_heads();
         tile.kv_head = int(head) % cache_.kv_heads();
-        const size_t per_head = size_t(m_) * size_t(group_);
-        const size_t from = within * kTile;
-        tile.count = int(std::min<size_t>(kTile, per_head - from));
-        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
-        const size_t n = cache_.size();
-        size_t farthest = 0;
+        tile.count = int(std::min<size_t>(kTile, size_t(m_) * size_t(group_) - from));
+        int64_t farthest = 0;
         for (int q = 0; q < tile.count; ++q) {
             tile.query[q] = int64_t((from + size_t(q)) / size_t(group_));
             tile.head[q] = tile.kv_head * group_ + int((from + size_t(q)) % size_t(group_));
             tile.place[q] = (size_t(tile.row) * size_t(heads_) + size_t(tile.head[q])) * size_t(m_) + size_t(tile.query[q]);
-            tile.visible[q] = std::clamp<int64_t>(queries_.visible[tile.query[q]], 0, int64_t(n));
-            tile.seen[q] = tile.visible[q];
-            if (const uint8_t* mask = mask_row(tile, q)) {
-                int64_t seen = 0;
-                for (int64_t j = 0; j < tile.visible[q]; ++j) seen += mask[j] != 0;
-                tile.seen[q] = seen;
-            }
-            farthest = std::max(farthest, size_t(tile.visible[q]));
-            queries_.queries.read(tile.row, tile.head[q], tile.query[q], tile.vector[q]);
-            tile.norm[q] = norm_of(tile.vector[q], cache_.key_dim());
-            const double top_logit = settings_.scale * tile.norm[q] *
-                                     (cache_.largest_key_norm(store_head(tile)) + sketch.largest_norm() + sketch.centre_norm());
-            if (!(top_logit < 1e30))
-                throw std::invalid_argument("scale * |q| * |k| must be below 1e30, got " + std::to_string(top_logit));
-            tile.prepared[q].prepare(sketch, tile.vector[q], tile.norm[q], settings_.scale, true);
-            tile.coded[q] = tile.prepared[q].coded;
-            // A float32 logit: dim / 32 + 8 roundings along its chain, of terms no larger than |q| |k|.
-            tile.float_slack[q] = settings_.scale * tile.norm[q] * cache_.largest_key_norm(store_head(tile)) *
-                                  kUnit * (cache_.key_dim() / 32.0 + 8.0);
-            tile.threshold[q] = queries_.thresholds ? queries_.thresholds[tile.place[q]] : 0.0;
+            tile.visible[q] = std::clamp<int64_t>(queries_.visible[tile.query[q]], 0, int64_t(cache_.size()));
+            farthest = std::max(farthest, tile.visible[q]);
         }
-        tile.blocks = std::min(sketch.blocks(), (farthest + kBlock - 1) / kBlock);
+        tile.blocks = std::min(cache_.key_sketch(store_head(tile)).blocks(), (size_t(farthest) + kBlock - 1) / kBlock);
         tile.chunks = (tile.blocks + kChunkBlocks - 1) / kChunkBlocks;
-        tile.scan = kind_of_scan(tile, sketch);
-        for (int q = 0; q < tile.count; ++q)
-            for (size_t i = 0; i < kBlock; ++i) {
-                const size_t key = sketch.coded() + i;
-                const uint8_t* mask = mask_row(tile, q);
-                const bool seen = key < size_t(tile.visible[q]) && (!mask || mask[key]);
-                tile.tail_logit[q][i] = seen ? logit(tile, q, key) : -double(kInf);
-            }
+    }
+
+    void prepare(Tile& tile, int q) const {
+        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+        const double longest = cache_.largest_key_norm(store_head(tile));
+        const uint8_t* mask = mask_row(tile, q);
+        tile.seen[q] = tile.visible[q];
+        if (mask) tile.seen[q] = tile.visible[q] - std::count(mask, mask + tile.visible[q], uint8_t(0));
+        queries_.queries.read(tile.row, tile.head[q], tile.query[q], tile.vector[q]);
+        tile.norm[q] = norm_of(tile.vector[q], cache_.key_dim());
+        const double top_logit = settings_.scale * tile.norm[q] * (longest + sketch.largest_norm() + sketch.centre_norm());
+        if (!(top_logit < 1e30))
+            throw std::invalid_argument("scale * |q| * |k| must be below 1e30, got " + std::to_string(top_logit));
+        tile.prepared[q].prepare(sketch, tile.vector[q], tile.norm[q], settings_.scale, true);
+        tile.coded[q] = tile.prepared[q].coded;
+        // A float32 logit: dim / 32 + 8 roundings along its chain, of terms no larger than |q| |k|.
+        tile.float_slack[q] = settings_.scale * tile.norm[q] * longest * kUnit * (cache_.key_dim() / 32.0 + 8.0);
+        tile.threshold[q] = queries_.thresholds ? queries_.thresholds[tile.place[q]] : 0.0;
+        for (size_t i = 0; i < kBlock; ++i) {
+            const size_t key = sketch.coded() + i;
+            const bool seen = key < size_t(tile.visible[q]) && (!mask || mask[key]);
+            tile.tail_logit[q][i] = seen ? logit(tile, q, key) : -double(kInf);
+        }
     }
 
     Scan kind_of_scan(const Tile& tile, const KeySketch& sketch) const {
@@ -216,26 +214,31 @@ private:
         return kind;
     }
 
+    template <class Body>
+    void for_each_query(const Body& body) {
+        parallel_for(queries_of_wave_.size(), [&](size_t i) { body(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second); });
+    }
+
     void run_wave() {
         parallel_for(chunks_of_wave_.size(), [&](size_t i) {
             scan_chunk(tiles_[chunks_of_wave_[i].first], chunks_of_wave_[i].second);
         });
-        parallel_for(tiles_.size(), [&](size_t t) { choose(tiles_[t]); });
-        std::vector<size_t> pieces(chunks_of_wave_.size());
-        for (size_t i = 0; i < pieces.size(); ++i) pieces[i] = i;
-        for (;;) {
-            space_->candidates.resize(collects() ? chunks_of_wave_.size() * kTile : 0);
-            parallel_for(pieces.size(), [&](size_t i) {
-                const auto [t, c] = chunks_of_wave_[pieces[i]];
-                select_chunk(tiles_[t], c);
+        for_each_query([&](Tile& tile, int q) { choose(tile, q); });
+        space_->candidates.resize(collects() ? chunks_of_wave_.size() * kTile : 0);
+        std::vector<char> pending(tiles_.size(), 1), enough(queries_of_wave_.size(), 0);
+        while (std::count(pending.begin(), pending.end(), 1)) {
+            parallel_for(chunks_of_wave_.size(), [&](size_t i) {
+                const auto [t, c] = chunks_of_wave_[i];
+                if (pending[t]) select_chunk(tiles_[t], c);
             });
-            std::vector<char> again(tiles_.size(), 0);
-            parallel_for(tiles_.size(), [&](size_t t) { again[t] = !finish(tiles_[t]); });
-            pieces.clear();
-            for (size_t i = 0; i < chunks_of_wave_.size(); ++i)
-                if (again[chunks_of_wave_[i].first]) pieces.push_back(i);
-            if (pieces.empty()) break;
-            work_.selected_again += std::count(again.begin(), again.end(), 1);
+            parallel_for(queries_of_wave_.size(), [&](size_t i) {
+                const auto [t, q] = queries_of_wave_[i];
+                if (pending[t]) enough[i] = finish(tiles_[t], q);
+            });
+            std::fill(pending.begin(), pending.end(), 0);
+            for (size_t i = 0; i < enough.size(); ++i)
+                if (!enough[i]) pending[queries_of_wave_[i].first] = 1;
+            work_.selected_again += std::count(pending.begin(), pending.end(), 1);
         }
         for (const Tile& tile : tiles_) {
             const int64_t scored = int64_t(tile.blocks * kBlock) * tile.count;
@@ -259,82 +262,113 @@ private:
     void scan_chunk(Tile& tile, size_t chunk) {
         const KeySketch& sketch = cache_.key_sketch(store_head(tile));
         const size_t first = chunk * kChunkBlocks, count = std::min(kChunkBlocks, tile.blocks - first);
-        float* estimates = tile.estimates + first * kBlock;
-        float tops[kTile] = {-kInf, -kInf, -kInf, -kInf};
+        float* estimates = tile.uppers + first * kBlock;  // upper bounds at the end of this function
+        double* tops = space_->chunk_top.data() + (tile.partial_at + chunk) * kTile;
+        double* masses = space_->chunk_mass.data() + (tile.partial_at + chunk) * kTile;
+        float unused[kTile] = {-kInf, -kInf, -kInf, -kInf};
         if (tile.scan == Scan::full) {
-            for (int q = 0; q < tile.count; ++q)
-                for (size_t i = 0; i < count * kBlock; ++i) {
-                    const float s = float(logit(tile, q, first * kBlock + i));
-                    estimates[size_t(q) * tile.stride + i] = s;
-                    tops[q] = std::max(tops[q], s);
-                }
-        } else {
-            kernels().scan(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride, tops);
-            if (tile.scan == Scan::eight) {
-                for (float& top : tops) top = -kInf;
-                kernels().refine(sketch.high(first), sketch.low(first), cache_.key_dim(), count, tile.coded,
-                                 tile.count, estimates, tile.stride, tops);
-            }
+            scan_full(tile, first * kBlock, count * kBlock, tops, masses);
+            return;
         }
+        if (tile.scan == Scan::four && !hides(tile, first * kBlock, count * kBlock)) {
+            kernels().scan_mass(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride,
+                                unused, masses);
+            std::copy(unused, unused + tile.count, tops);
+            return;
+        }
+        kernels().scan(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride, unused);
+        if (tile.scan == Scan::eight)
+            kernels().refine(sketch.high(first), sketch.low(first), cache_.key_dim(), count, tile.coded, tile.count,
+                             estimates, tile.stride, unused);
         for (int q = 0; q < tile.count; ++q) {
             float* own = estimates + size_t(q) * tile.stride;
-            if (hide(tile, q, first * kBlock, count * kBlock, own))
-                tops[q] = *std::max_element(own, own + count * kBlock);
-            const size_t place = (tile.partial_at + chunk) * kTile + size_t(q);
-            space_->chunk_top[place] = tops[q];
-            space_->chunk_mass[place] =
-                relu() || tops[q] == -kInf ? 0.0 : kernels().sum_exp(own, count * kBlock, tops[q]);
+            hide(tile, q, first * kBlock, count * kBlock, own);
+            tops[q] = *std::max_element(own, own + count * kBlock);
+            masses[q] = tops[q] == -double(kInf) ? 0.0 : kernels().sum_exp(own, count * kBlock, float(tops[q]));
+            kernels().bounds(sketch.high(first), sketch.low(first), cache_.key_dim(), count, &tile.coded[q],
+                             tile.scan == Scan::eight, own, 1.0f, own);
         }
     }
 
-    // Estimates of keys that query q may not see become -inf; says whether there was any.
-    bool hide(const Tile& tile, int q, size_t first, size_t count, float* estimates) const {
-        bool hidden = false;
+    // Every logit at full precision; tops are the very numbers that `logit` gives again later.
+    void scan_full(const Tile& tile, size_t first, size_t count, double* tops, double* masses) const {
+        std::vector<double> logits(count);
+        for (int q = 0; q < tile.count; ++q) {
+            float* own = tile.uppers + size_t(q) * tile.stride + first;
+            std::fill(own, own + count, 0.0f);
+            hide(tile, q, first, count, own);
+            tops[q] = -double(kInf);
+            masses[q] = 0;
+            for (size_t i = 0; i < count; ++i) {
+                logits[i] = own[i] < 0 ? -double(kInf) : logit(tile, q, first + i);
+                tops[q] = std::max(tops[q], logits[i]);
+            }
+            for (size_t i = 0; i < count; ++i) {
+                own[i] = float(logits[i]) + full_band(tile, q, float(logits[i]));
+                if (logits[i] > -double(kInf)) masses[q] += std::exp(logits[i] - tops[q]);
+            }
+        }
+    }
+
+    bool hides(const Tile& tile, size_t first, size_t count) const {
+        for (int q = 0; q < tile.count; ++q) {
+            if (size_t(tile.visible[q]) < first + count) return true;
+            const uint8_t* mask = mask_row(tile, q);
+            if (mask && std::memchr(mask + first, 0, count)) return true;
+        }
+        return false;
+    }
+
+    // Estimates of keys that query q may not see become -inf.
+    void hide(const Tile& tile, int q, size_t first, size_t count, float* estimates) const {
         const size_t visible = size_t(tile.visible[q]);
-        for (size_t i = visible > first ? visible - first : 0; i < count; ++i) estimates[i] = -kInf, hidden = true;
+        for (size_t i = visible > first ? visible - first : 0; i < count; ++i) estimates[i] = -kInf;
         if (const uint8_t* mask = mask_row(tile, q))
             for (size_t i = 0; i < count && first + i < visible; ++i)
-                if (!mask[first + i]) estimates[i] = -kInf, hidden = true;
-        return hidden;
+                if (!mask[first + i]) estimates[i] = -kInf;
     }
 
     // ---- stage 2: thresholds of each query
 
-    void choose(Tile& tile) {
-        for (int q = 0; q < tile.count; ++q) {
-            double top = -double(kInf);
-            for (size_t c = 0; c < tile.chunks; ++c) top = std::max(top, double(space_->chunk_top[(tile.partial_at + c) * kTile + size_t(q)]));
-            for (double s : tile.tail_logit[q]) top = std::max(top, s);
-            if (top == -double(kInf)) top = 0;
-            double mass = 0;
-            for (size_t c = 0; c < tile.chunks; ++c) {
-                const size_t place = (tile.partial_at + c) * kTile + size_t(q);
-                if (space_->chunk_mass[place] > 0)
-                    mass += space_->chunk_mass[place] * std::exp(double(space_->chunk_top[place]) - top);
-            }
-            for (double s : tile.tail_logit[q]) mass += std::exp(s - top);
-            // The reference is a float: kernels subtract it from float estimates.
-            tile.reference[q] = double(float(top));
-            tile.mass[q] = mass;
-            Selection& selection = tile.selection[q];
-            selection.reference = float(tile.reference[q]);
-            selection.keep_upper = exact_rule();
-            const double log_mass = std::log(std::max(mass, 1e-300)) + top;
-            switch (settings_.rule) {
-                case Rule::relu: selection.exact_from = selection.threshold = below(tile.threshold[q]); break;
-                case Rule::threshold:
-                    selection.exact_from = below(tile.threshold[q]);
-                    selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
-                    break;
-                case Rule::top_r:
-                    selection.exact_from = top_r_threshold(tile, q);
-                    selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
-                    break;
-                case Rule::epsilon:
-                    selection.threshold = tail_threshold(tile, q);
-                    selection.exact_from = settings_.sketch_tail ? float(log_mass + std::log(settings_.exact_share)) : -kInf;
-                    break;
-            }
+    void choose(Tile& tile, int q) {
+        double top = -double(kInf);
+        for (size_t c = 0; c < tile.chunks; ++c) top = std::max(top, space_->chunk_top[(tile.partial_at + c) * kTile + size_t(q)]);
+        for (double s : tile.tail_logit[q]) top = std::max(top, s);
+        if (top == -double(kInf)) top = 0;
+        double mass = 0;
+        for (size_t c = 0; c < tile.chunks; ++c) {
+            const size_t place = (tile.partial_at + c) * kTile + size_t(q);
+            if (space_->chunk_mass[place] > 0)
+                mass += space_->chunk_mass[place] * std::exp(space_->chunk_top[place] - top);
+        }
+        for (double s : tile.tail_logit[q]) mass += std::exp(s - top);
+        // Kernels subtract the reference from float estimates, so it is a float there. A full scan keeps it exact:
+        // its logits may be so large that rounding them moves weights by many nats.
+        tile.reference[q] = tile.scan == Scan::full || tile.chunks == 0 ? top : double(float(top));
+        tile.lowering[q] = std::max(1.0, std::fabs(top) * 1e-5);
+        tile.mass[q] = mass;
+        Selection& selection = tile.selection[q];
+        selection.reference = float(tile.reference[q]);
+        selection.keep_upper = exact_rule();
+        const CodedQuery& c = tile.coded[q];
+        const auto& extent = cache_.key_sketch(store_head(tile)).extent();
+        const double widest = c.slope8 * extent.residual8 + c.slope8_step * extent.step + c.slack;
+        selection.growth = widest > 1e-9 && widest < kSafeBand ? float(std::expm1(widest) / widest * (1 + 1e-6)) : 1.0f;
+        const double log_mass = std::log(std::max(mass, 1e-300)) + top;
+        switch (settings_.rule) {
+            case Rule::relu: selection.exact_from = selection.threshold = below(tile.threshold[q]); break;
+            case Rule::threshold:
+                selection.exact_from = below(tile.threshold[q]);
+                selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
+                break;
+            case Rule::top_r:
+                selection.exact_from = top_r_threshold(tile, q);
+                selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
+                break;
+            case Rule::epsilon:
+                selection.threshold = tail_threshold(tile, q);
+                selection.exact_from = settings_.sketch_tail ? float(log_mass + std::log(settings_.exact_share)) : -kInf;
+                break;
         }
     }
 
@@ -344,7 +378,6 @@ private:
     // sample of the keys. `finish` measures what was omitted and asks again if it was too much.
     float tail_threshold(Tile& tile, int q) {
         if (tile.blocks == 0) return -kInf;
-        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
         const size_t step = std::max<size_t>(1, tile.blocks / kSampleBlocks);
         const size_t blocks = (tile.blocks + step - 1) / step;
         static thread_local std::vector<float> buffer;
@@ -353,13 +386,9 @@ private:
               *upper_weights = weights + blocks * kBlock;
         for (size_t i = 0; i < blocks; ++i) {
             const size_t block = i * step;
-            const float* from = tile.estimates + size_t(q) * tile.stride + block * kBlock;
-            std::copy(from, from + kBlock, estimates + i * kBlock);
-            if (tile.scan == Scan::full)
-                std::copy(from, from + kBlock, uppers + i * kBlock);
-            else
-                kernels().bounds(sketch.high(block), sketch.low(block), cache_.key_dim(), 1, &tile.coded[q],
-                                 tile.scan == Scan::eight, from, 1.0f, uppers + i * kBlock);
+            const float* from = tile.uppers + size_t(q) * tile.stride + block * kBlock;
+            std::copy(from, from + kBlock, uppers + i * kBlock);
+            away_from_upper(tile, q, block, 1, -1.0f, from, estimates + i * kBlock);
         }
         const size_t count = blocks * kBlock;
         const float reference = float(tile.reference[q]);
@@ -368,35 +397,51 @@ private:
         // 0.7: a margin for the sampling, so that a second selection is rare.
         const double allowed = 0.7 * settings_.epsilon * tile.mass[q] / double(step);
         // A key that alone holds more than epsilon of the mass cannot be left out.
-        float low = reference - 80.0f,
-              high = reference + float(std::log(settings_.epsilon * std::max(tile.mass[q], 1e-300)));
-        high = std::clamp(high, low, reference);
-        for (int i = 0; i < 14; ++i) {
-            const float middle = 0.5f * (low + high);
-            (kernels().mass_below(estimates, uppers, weights, upper_weights, count, middle) <= allowed ? low : high) = middle;
+        const auto omits_too_much = [&](float threshold) {
+            return kernels().mass_below(estimates, uppers, weights, upper_weights, count, threshold) > allowed;
+        };
+        const float least = reference - 80.0f;
+        float high = reference + float(std::log(settings_.epsilon * std::max(tile.mass[q], 1e-300)));
+        high = std::clamp(high, least, reference);
+        float low = high - 8.0f;
+        while (low > least && omits_too_much(low)) {
+            high = low;
+            low -= 16.0f;
         }
-        return low <= reference - 79.9f ? -kInf : low;
+        if (low <= least) return -kInf;
+        while (high - low > 0.02f) {
+            const float middle = 0.5f * (low + high);
+            (omits_too_much(middle) ? high : low) = middle;
+        }
+        return low;
+    }
+
+    // out = upper bound + sign * band: sign -1 gives the estimates, -2 the lower bounds.
+    void away_from_upper(const Tile& tile, int q, size_t block, size_t count, float sign, const float* uppers, float* out) const {
+        if (tile.scan == Scan::full) {
+            for (size_t i = 0; i < count * kBlock; ++i) out[i] = uppers[i] + sign * full_band(tile, q, uppers[i]);
+            return;
+        }
+        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+        kernels().bounds(sketch.high(block), sketch.low(block), cache_.key_dim(), count, &tile.coded[q],
+                         tile.scan == Scan::eight, uppers, sign, out);
+    }
+    // Rounding of a logit computed at full precision and held in float32.
+    static float full_band(const Tile& tile, int q, float logit) {
+        return logit == -kInf ? 0.0f : float(tile.float_slack[q] + std::fabs(double(logit)) * 1e-6);
     }
 
     // The r-th largest estimate, or for an exact answer the r-th largest lower bound, of the visible keys.
     float top_r_threshold(Tile& tile, int q) {
         const size_t r = size_t(settings_.top_r), n = tile.blocks * kBlock;
         if (r >= size_t(tile.seen[q])) return -kInf;
-        const float* values = tile.estimates + size_t(q) * tile.stride;
-        static thread_local std::vector<float> lower;
-        if (exact_rule()) {
-            lower.resize(n);
-            if (tile.scan == Scan::full) {
-                for (size_t i = 0; i < n; ++i) lower[i] = values[i] - float(tile.float_slack[q]) - std::fabs(values[i]) * 1e-6f;
-            } else {
-                const KeySketch& sketch = cache_.key_sketch(store_head(tile));
-                kernels().bounds(sketch.high(0), sketch.low(0), cache_.key_dim(), tile.blocks, &tile.coded[q],
-                                 tile.scan == Scan::eight, values, -1.0f, lower.data());
-            }
-            values = lower.data();
-        }
+        // Estimates are one band below the upper bounds, lower bounds two.
+        static thread_local std::vector<float> values;
+        values.resize(n);
+        away_from_upper(tile, q, 0, tile.blocks, exact_rule() ? -2.0f : -1.0f, tile.uppers + size_t(q) * tile.stride,
+                        values.data());
         const auto reached = [&](float t) {
-            size_t count = n ? kernels().count_from(values, n, t) : 0;
+            size_t count = n ? kernels().count_from(values.data(), n, t) : 0;
             for (double s : tile.tail_logit[q]) count += s >= t;
             return count;
         };
@@ -444,8 +489,10 @@ private:
             for (int q = 0; q < tile.count; ++q) {
                 part.kept[q] += kept.kept[q];
                 part.exact[q] += int64_t(kept.exact_count[q]);
-                for (size_t i = 0; i < kept.exact_count[q]; ++i) {
+                const size_t exact = kept.exact_count[q];
+                for (size_t i = 0; i < exact; ++i) {
                     const uint32_t key = kept.exact[q][i];
+                    if (i + 4 < exact) fetch_rows(tile, kept.exact[q][i + 4]);
                     if (collects())
                         space_->candidates[piece * kTile + size_t(q)].push_back({key, logit(tile, q, key)});
                     else
@@ -459,8 +506,7 @@ private:
         for (int q = 0; q < tile.count; ++q) {
             part.omitted[q] += sums.omitted[q];
             part.sketched[q] = sums.sketched[q];
-            part.sketched_low[q] = sums.sketched_low[q];
-            part.weight_error[q] = sums.weight_error[q];
+            part.weight_band[q] = sums.weight_band[q];
             part.weight_var[q] = sums.weight_var[q];
             for (int g = 0; g < groups_; ++g)
                 for (int i = 0; i < kValueGroup; ++i)
@@ -469,13 +515,21 @@ private:
         part.refined = sums.refined;
     }
 
+    // Full-precision rows lie far apart: ask for them before they are needed.
+    void fetch_rows(const Tile& tile, size_t key) const {
+        for (const RowStore* rows : {&cache_.keys(), &cache_.values()}) {
+            const uint8_t* row = rows->row(key, store_head(tile));
+            for (size_t byte = 0; byte < rows->row_bytes(); byte += 64) __builtin_prefetch(row + byte);
+        }
+    }
+
     void select_coded(const Tile& tile, size_t first, size_t count, KeptKeys& kept, SelectionSums& sums) const {
         const KeySketch& keys = cache_.key_sketch(store_head(tile));
         const bool values = reads_value_codes();
         kernels().select(keys.high(first), keys.low(first),
                          values ? cache_.value_sketch(store_head(tile)).parameters(first) : nullptr, cache_.key_dim(),
                          cache_.value_dim(), count, uint32_t(first * kBlock), tile.coded, tile.count, tile.selection,
-                         tile.scan == Scan::eight, certify(), tile.estimates + first * kBlock, tile.stride, &kept, &sums);
+                         certify(), tile.uppers + first * kBlock, tile.stride, &kept, &sums);
     }
 
     // All estimates are full-precision logits: what reaches the threshold is exact, the rest is omitted.
@@ -484,26 +538,42 @@ private:
         for (int q = 0; q < tile.count; ++q) {
             kept.exact_count[q] = 0;
             for (size_t i = 0; i < count; ++i) {
-                const double s = tile.estimates[size_t(q) * tile.stride + first + i];
-                if (s == -double(kInf)) continue;
-                const double slack = tile.float_slack[q] + std::fabs(s) * 1e-6;
-                if (s + slack >= tile.selection[q].threshold)
+                const float upper = tile.uppers[size_t(q) * tile.stride + first + i];
+                if (upper == -kInf) continue;
+                if (upper >= tile.selection[q].threshold)
                     kept.exact[q][kept.exact_count[q]++] = uint32_t(first + i);
                 else if (certify())
-                    sums.omitted[q] += std::exp(s + slack - tile.reference[q]);
+                    sums.omitted[q] += std::exp(double(upper) - tile.reference[q]);
             }
             kept.kept[q] = int64_t(kept.exact_count[q]);
         }
     }
 
+    double power_of(double x) const {
+        double product = x;
+        for (int i = 1; i < settings_.power; ++i) product *= x;
+        return product;
+    }
+
+    void rescale(Partial& part, int q, double factor, float* accumulator) const {
+        part.exact_mass[q] *= factor;
+        for (int i = 0; i < groups_ * kValueGroup; ++i) accumulator[i] *= float(factor);
+    }
+
     void add_exact(const Tile& tile, int q, size_t key, double logit, Partial& part, float* accumulator) const {
         double weight;
         if (relu()) {
-            if (!(logit > tile.threshold[q])) {
+            const double excess = logit - tile.threshold[q];
+            if (!(excess > 0)) {
                 --part.kept[q];
                 return;
             }
-            weight = std::pow(logit - tile.threshold[q], settings_.power);
+            // Weights are relative to the largest so far, so that no power of them leaves float32.
+            if (excess > part.relu_top[q]) {
+                rescale(part, q, power_of(part.relu_top[q] / excess), accumulator);
+                part.relu_top[q] = excess;
+            }
+            weight = power_of(excess / part.relu_top[q]);
         } else {
             weight = std::exp(logit - tile.reference[q]);
             if (exact_rule() && settings_.rule == Rule::threshold && logit < tile.threshold[q]) {
@@ -518,12 +588,6 @@ private:
 
     // ---- stage 4: the answer of each query; false asks for another selection
 
-    bool finish(Tile& tile) {
-        bool enough = true;
-        for (int q = 0; q < tile.count; ++q) enough &= finish(tile, q);
-        return enough;
-    }
-
     bool finish(Tile& tile, int q) {
         const size_t width = size_t(groups_) * kValueGroup;
         const int dim = cache_.value_dim();
@@ -531,24 +595,31 @@ private:
         double steps[kMaxHeadDim / kValueGroup] = {}, squares[kMaxHeadDim / kValueGroup] = {};
         std::fill(sum, sum + width, 0.0f);
         Partial total{};
+        for (size_t c = 0; c < tile.chunks; ++c) total.relu_top[0] = std::max(total.relu_top[0], space_->partials[tile.partial_at + c].relu_top[q]);
         for (size_t c = 0; c < tile.chunks; ++c) {
             const size_t piece = tile.partial_at + c;
             const Partial& part = space_->partials[piece];
-            total.exact_mass[0] += part.exact_mass[q];
+            // Chunks of ReLU weights are relative to their own largest.
+            const double factor = relu() && part.relu_top[q] < total.relu_top[0] ? power_of(part.relu_top[q] / total.relu_top[0]) : 1.0;
+            total.exact_mass[0] += part.exact_mass[q] * factor;
             total.sketched[0] += part.sketched[q];
-            total.sketched_low[0] += part.sketched_low[q];
-            total.weight_error[0] += part.weight_error[q];
+            total.weight_band[0] += part.weight_band[q];
             total.weight_var[0] += part.weight_var[q];
             total.omitted[0] += part.omitted[q];
             total.kept[0] += part.kept[q];
             const float* from = space_->accumulators.data() + (piece * kTile + size_t(q)) * width;
-            for (size_t i = 0; i < width; ++i) sum[i] += from[i];
+            for (size_t i = 0; i < width; ++i) sum[i] += from[i] * float(factor);
             for (int g = 0; g < groups_; ++g) {
                 steps[g] += space_->steps[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
                 squares[g] += space_->squares[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
             }
         }
         Partial tail{};
+        if (relu()) {  // go on from the sums of the chunks, which may have to be scaled again
+            tail.relu_top[q] = total.relu_top[0];
+            tail.exact_mass[q] = total.exact_mass[0];
+            total.exact_mass[0] = 0;
+        }
         if (collects()) {
             add_top_r(tile, q, tail, sum);
         } else {
@@ -563,12 +634,15 @@ private:
         // Keys whose weight underflowed (below exp(-87) of the reference) count exp(-87) each.
         const double omitted = (total.omitted[0] + tail.omitted[q]) * 1.0001 +
                                (certify() ? double(tile.seen[q]) * 1.7e-38 : 0.0);
-        const double surely = exact_mass * (1 - tile.float_slack[q]) + total.sketched_low[0] * 0.9999;
+        // exp(-band) >= 1 - band
+        const double surely = exact_mass * std::max(0.0, 1 - tile.float_slack[q]) +
+                              std::max(0.0, total.sketched[0] * 0.9999 - total.weight_band[0] * 1.0001);
         if (settings_.rule == Rule::epsilon && tile.selection[q].threshold > -kInf &&
             omitted > settings_.epsilon * (surely + omitted)) {
             Selection& selection = tile.selection[q];
-            selection.threshold -= 1.0f;
-            if (selection.threshold < selection.reference - 80.0f) selection.threshold = -kInf;
+            const double next = selection.threshold - tile.lowering[q];
+            tile.lowering[q] *= 2;
+            selection.threshold = next < tile.reference[q] - 80.0 - 1e-5 * std::fabs(tile.reference[q]) ? -kInf : float(next);
             return false;
         }
         const size_t place = tile.place[q];
@@ -587,12 +661,12 @@ private:
             return true;
         }
         for (int i = 0; i < dim; ++i) out[i] = float(sum[i] / mass);
-        result_.lse[place] = relu() ? float(std::log(mass)) : float(std::log(mass) + tile.reference[q]);
+        result_.lse[place] = float(std::log(mass) + (relu() ? settings_.power * std::log(tail.relu_top[q]) : tile.reference[q]));
         if (!settings_.certify) {
             result_.error_bound[place] = result_.estimated_error[place] = result_.omitted_mass[place] = std::nanf("");
             return true;
         }
-        result_.omitted_mass[place] = up(omitted / (surely + omitted));
+        result_.omitted_mass[place] = omitted > 0 ? std::min(1.0f, up(omitted / (surely + omitted))) : 0.0f;
         certificate(tile, q, place, mass, exact_mass, omitted, total, kept, steps, squares, out);
         return true;
     }
@@ -615,7 +689,7 @@ private:
         // Share of the mass that is misplaced: omitted, or given by a wrong weight. expm1 of the band of a
         // full-precision logit is its float32 rounding.
         const double exact_error = relu() ? 0.0 : exact_mass * std::expm1(2 * tile.float_slack[q] + 1e-6);
-        const double wrong = (omitted + total.weight_error[0] * 1.0001 + exact_error) / mass;
+        const double wrong = (omitted + total.weight_band[0] * tile.selection[q].growth * 1.0001 + exact_error) / mass;
         double bound = 0, variance = 0, spread = 0, largest = 0;
         for (int i = 0; i < cache_.value_dim(); ++i) {
             const int g = i / kValueGroup;
@@ -669,7 +743,8 @@ private:
     const int heads_, group_, groups_;
     Workspace* space_ = nullptr;
     std::vector<Tile> tiles_;
-    std::vector<std::pair<size_t, size_t>> chunks_of_wave_;
+    std::vector<std::pair<size_t, size_t>> chunks_of_wave_;  // (tile, chunk)
+    std::vector<std::pair<size_t, int>> queries_of_wave_;    // (tile, query)
     AttendWork work_;
 };
 

@@ -56,7 +56,7 @@ inline void require_finite(const char* name, const TokenArray& array, float limi
     std::string where = std::to_string(place[2]) + ", " + std::to_string(place[3]) + ")";
     where = array.head_stride || array.batch_stride || array.batch > 1 || array.heads > 1
                 ? "(" + std::to_string(place[0]) + ", " + std::to_string(place[1]) + ", " + where : "(" + where;
-    const std::string rule = std::isfinite(found) ? " must be below 1e37 in size, got " : " must be finite, got ";
+    const std::string rule = std::isfinite(found) ? " must be at most 1e18 in size, got " : " must be finite, got ";
     throw std::invalid_argument(name + rule + value + " at " + where);
 }
 

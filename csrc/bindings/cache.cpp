@@ -11,7 +11,8 @@ using namespace hsr;
 
 namespace {
 
-constexpr float kValueLimit = 1e37f;  // the span of a value group must stay inside float32
+// Weights may exceed 1 by exp(30) (a safe band), so sums of weight * value stay inside float32.
+constexpr float kValueLimit = 1e18f;
 
 using VectorIds = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Thresholds = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -27,7 +28,7 @@ void append(LayerCache& self, const AnyArray& keys, const AnyArray& values) {
 
 nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtype, const VectorIds& visible,
                        int rule, bool sketch_tail, double scale, double epsilon, double exact_share,
-                       int64_t top_r, int power, bool certify, std::optional<Thresholds> thresholds,
+                       int64_t top_r, int power, bool certify, bool with_certificate, std::optional<Thresholds> thresholds,
                        std::optional<Mask> mask) {
     AttendQueries call{};
     call.queries = token_array(queries, dtype);
@@ -58,6 +59,8 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
         const AttendResult result{out.data(), bound.data(), estimate.data(), omitted.data(), density.data(), lse.data()};
         work = attend(self, settings, call, result);
     }
+    auto answer = own(std::move(out), {batch, heads, m, dim});
+    if (!with_certificate) return nb::make_tuple(answer);
     nb::dict counters;
     counters["sketch_scored"] = work.sketch_scored;
     counters["refined"] = work.refined;
@@ -67,7 +70,7 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
     counters["scanned_eight"] = work.scanned_eight;
     counters["scanned_full"] = work.scanned_full;
     counters["selected_again"] = work.selected_again;
-    return nb::make_tuple(own(std::move(out), {batch, heads, m, dim}), own(std::move(bound), {batch, heads, m}),
+    return nb::make_tuple(answer, own(std::move(bound), {batch, heads, m}),
                           own(std::move(estimate), {batch, heads, m}), own(std::move(omitted), {batch, heads, m}),
                           own(std::move(density), {batch, heads, m}), own(std::move(lse), {batch, heads, m}), counters);
 }
@@ -120,6 +123,6 @@ void init_cache(nb::module_& m) {
         .def("keys", [](const LayerCache& self) { return rows_view(self.keys(), self.batch()); })
         .def("values", [](const LayerCache& self) { return rows_view(self.values(), self.batch()); })
         .def("attend", &attend_cache, "queries"_a, "dtype"_a, "visible"_a, nb::kw_only(), "rule"_a,
-             "sketch_tail"_a, "scale"_a, "epsilon"_a, "exact_share"_a, "top_r"_a, "power"_a, "certify"_a,
+             "sketch_tail"_a, "scale"_a, "epsilon"_a, "exact_share"_a, "top_r"_a, "power"_a, "certify"_a, "with_certificate"_a,
              "thresholds"_a.none(), "mask"_a.none());
 }

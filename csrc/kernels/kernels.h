@@ -13,6 +13,7 @@ constexpr int kBlock = 16;       // keys in a block of codes
 constexpr int kTile = 4;         // most queries scored in one pass over the codes
 constexpr int kValueGroup = 32;  // value coordinates that share an offset and a step
 constexpr int kMaxHeadDim = 512;
+constexpr size_t kSelectBlocks = 64;  // most blocks in one call of `select`
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 inline size_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -23,7 +24,9 @@ inline size_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 //   byte [p * 64 + key * 4 + j], low nibble: dimension 8 p + j, high nibble: dimension 8 p + 4 + j,
 // so that a 64-byte load holds 4 dimensions of 16 keys twice, in the order of 8-bit dot products.
 // Behind the codes of the first plane stand step[16] and residual4[16], behind the second residual8[16],
-// all bfloat16 rounded up: residual >= |k - decoded k|_2.
+// all bfloat16 rounded up: residual8 >= |k - decoded k|_2, and residual4 >= |k - decoded k|_2 +
+// kQueryShare |k|_2, which pays for that much relative error of the query's first digits.
+constexpr double kQueryShare = 0.0065;
 inline int padded8(int dim) { return (dim + 7) / 8 * 8; }
 inline int padded16(int dim) { return (dim + 15) / 16 * 16; }
 inline size_t code_bytes(int dim) { return size_t(padded8(dim)) / 8 * 64; }
@@ -54,6 +57,7 @@ struct Selection {
     float threshold;   // keep when estimate8 (with `keep_upper`: its upper bound) >= threshold
     float exact_from;  // kept and estimate8 >= exact_from: read at full precision
     float reference;   // weights are exp(estimate - reference)
+    float growth;      // exp(x) - 1 <= growth * x for every band x of both planes
     bool keep_upper;   // for selections that must be exact: keep whatever may reach the threshold
 };
 
@@ -73,8 +77,7 @@ struct KeptKeys {
 struct SelectionSums {
     double omitted[kTile];       // upper bound of the mass of what was left out
     double sketched[kTile];      // sum of weights taken from codes
-    double sketched_low[kTile];  // lower bound of the same mass
-    double weight_error[kTile];  // sum of weight (exp(band) - 1)
+    double weight_band[kTile];   // sum of weight * band
     double weight_var[kTile];    // sum of (weight band)^2 / head_dim, for the estimate of the error
     int64_t refined;             // blocks whose second plane was read
     // [kTile][groups], added to: weight * offset, weight * step, (weight * step)^2
@@ -96,6 +99,10 @@ struct Kernels {
     // estimates[q][block * 16 + i] for `blocks` blocks; maxima[q] is raised to the largest.
     void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
                  float* estimates, size_t estimate_stride, float* maxima);
+    // The same blocks in one pass, at most 2,048 keys: upper bounds (estimate + band) instead of
+    // estimates, their largest estimate, and the sum of exp(estimate - largest).
+    void (*scan_mass)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+                      float* uppers, size_t stride, float* maxima, double* masses);
     // out = exp(x - reference)
     void (*exp_into)(const float* x, size_t count, float reference, float* out);
     // Mass that a threshold b would omit in a sample: the sum of upper_weights where upper < b, and of
@@ -108,19 +115,17 @@ struct Kernels {
     void (*refine)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
                    const CodedQuery* queries, int count, float* estimates, size_t estimate_stride,
                    float* maxima);
-    // Two-stage selection over blocks. Estimates are of the first plane, or already of both
-    // (`refined`). `value_parameters` is null when everything kept is read at full precision. Without
+    // Two-stage selection over blocks, from upper bounds of the logits. `value_parameters` is null when everything kept is read at full precision. Without
     // `certify` only the sketched masses and the offsets are summed.
     void (*select)(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
                    int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
-                   int count, const Selection* selection, bool refined, bool certify,
-                   const float* estimates, size_t estimate_stride, KeptKeys* kept,
-                   SelectionSums* sums);
+                   int count, const Selection* selection, bool certify, const float* uppers,
+                   size_t stride, KeptKeys* kept, SelectionSums* sums);
     // accumulators[q][groups * 32] += scaled * code over the kept keys
     void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKeys* kept, int count,
                              float* accumulators);
-    // out[i] = estimate + sign * band, a bound of the logit, for the keys of `blocks` blocks; the band is
-    // that of 4 bits, or with `refined` of 8.
+    // out[i] = estimates[i] + sign * band, for the keys of `blocks` blocks; the band is that of 4 bits, or
+    // with `refined` of 8. In place when out is estimates. -inf (a key that is hidden) stays.
     void (*bounds)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
                    const CodedQuery* query, bool refined, const float* estimates, float sign,
                    float* out);

@@ -107,7 +107,8 @@ void code_keys(int dim, const float* y, const double* norms, double relative_sla
             }
             // The slack covers the rounding of the rotation and of the residuals themselves.
             const double slack = relative_slack * norm + 1e-36;
-            residual4 = bfloat16_up(float((__builtin_sqrt(sum4) + slack) * 1.000001));
+            residual4 = bfloat16_up(
+                float((__builtin_sqrt(sum4) + slack + kQueryShare * norm) * 1.000001));
             residual8 = bfloat16_up(float((__builtin_sqrt(sum8) + slack) * 1.000001));
         }
         __builtin_memcpy(high + bytes + 2 * key, &step_bits, 2);
@@ -154,16 +155,16 @@ inline int32_t four_digits(const int8_t* digits) {
     return word;
 }
 
+// Estimates of `blocks` blocks of one tile; raises top[q].
 template <int Count>
-inline void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
-                      float* estimates, size_t stride, float* maxima) {
+inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+                         float* estimates, size_t stride, f32x16* top) {
     const int pairs = (dim + 7) / 8;
     const size_t bytes = size_t(pairs) * 64;
-    f32x16 top[Count];
-    for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
     for (size_t block = 0; block < blocks; ++block, high += bytes + 64) {
         i32x16 even[Count] = {}, odd[Count] = {};
         for (int p = 0; p < pairs; ++p) {
+            __builtin_prefetch(high + 8 * (bytes + 64) + p * 64);
             const u8x64 codes = load<u8x64>(high + p * 64);
             const u8x64 a = low_nibbles(codes), b = high_nibbles(codes);
             for (int q = 0; q < Count; ++q) {
@@ -180,6 +181,14 @@ inline void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQu
             store(estimates + q * stride + block * 16, estimate);
         }
     }
+}
+
+template <int Count>
+inline void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+                      float* estimates, size_t stride, float* maxima) {
+    f32x16 top[Count];
+    for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
+    score_blocks<Count>(high, dim, blocks, queries, estimates, stride, top);
     for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
 }
 
@@ -190,6 +199,57 @@ void scan(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries
         case 2: return scan_tile<2>(high, dim, blocks, queries, estimates, stride, maxima);
         case 3: return scan_tile<3>(high, dim, blocks, queries, estimates, stride, maxima);
         default: return scan_tile<4>(high, dim, blocks, queries, estimates, stride, maxima);
+    }
+}
+
+// As flash attention keeps its running maximum: a few blocks are scored, then their masses added.
+template <int Count>
+inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+                           float* uppers, size_t stride, float* maxima, double* masses) {
+    constexpr size_t kGroup = 8;
+    const size_t bytes = size_t(dim + 7) / 8 * 64;
+    float reference[Count];
+    f32x16 sum[Count] = {};
+    for (int q = 0; q < Count; ++q) reference[q] = -3.0e38f;
+    for (size_t first = 0; first < blocks; first += kGroup) {
+        const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
+        const uint8_t* codes = high + first * (bytes + 64);
+        float* here = uppers + first * 16;
+        f32x16 top[Count];
+        for (int q = 0; q < Count; ++q) top[q] = splat(-kInfinity);
+        score_blocks<Count>(codes, dim, count, queries, here, stride, top);
+        for (int q = 0; q < Count; ++q) {
+            const float highest = max_of_lanes(top[q]);
+            if (highest > reference[q]) {
+                sum[q] *= exp_of(splat(reference[q] - highest));
+                reference[q] = highest;
+            }
+        }
+        for (size_t block = 0; block < count; ++block, codes += bytes + 64) {
+            const f32x16 step = from_bfloat16(load<u16x16>(codes + bytes)),
+                         residual = from_bfloat16(load<u16x16>(codes + bytes + 32));
+            for (int q = 0; q < Count; ++q) {
+                const CodedQuery& query = queries[q];
+                const f32x16 estimate = load<f32x16>(here + q * stride + block * 16);
+                sum[q] += exp_of(estimate - reference[q]);
+                store(here + q * stride + block * 16,
+                      estimate + (query.slope4 * residual + query.slope4_step * step + query.slack));
+            }
+        }
+    }
+    for (int q = 0; q < Count; ++q) {
+        maxima[q] = reference[q];
+        masses[q] = sum_of(sum[q]);
+    }
+}
+
+void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+               float* uppers, size_t stride, float* maxima, double* masses) {
+    switch (count) {
+        case 1: return scan_mass_tile<1>(high, dim, blocks, queries, uppers, stride, maxima, masses);
+        case 2: return scan_mass_tile<2>(high, dim, blocks, queries, uppers, stride, maxima, masses);
+        case 3: return scan_mass_tile<3>(high, dim, blocks, queries, uppers, stride, maxima, masses);
+        default: return scan_mass_tile<4>(high, dim, blocks, queries, uppers, stride, maxima, masses);
     }
 }
 
@@ -244,9 +304,10 @@ void bounds(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, con
         const f32x16 step = from_bfloat16(load<u16x16>(high + bytes)),
                      residual = from_bfloat16(load<u16x16>(refined ? low + bytes : high + bytes + 32));
         const f32x16 band = slope * residual + slope_step * step + query->slack;
-        const f32x16 estimate = load<f32x16>(estimates + block * 16);
-        const f32x16 bound = estimate + sign * band;
-        store(out + block * 16, estimate > kLowest ? bound : estimate);
+        // A key that is not coded (band infinite) may score anything, in either direction.
+        const f32x16 from = load<f32x16>(estimates + block * 16);
+        const f32x16 bound = band < splat(kInfinity) ? from + sign * band : splat(sign * kInfinity);
+        store(out + block * 16, from > kLowest ? bound : from);
     }
 }
 
@@ -254,32 +315,25 @@ void bounds(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, con
 
 template <int Count>
 inline void refine_block(const uint8_t* high, const uint8_t* low, int dim, const CodedQuery* queries,
-                         const float* estimates, size_t stride, f32x16* refined) {
+                         f32x16* refined) {
     const int pairs = (dim + 7) / 8;
-    i32x16 first_low[Count] = {}, second_high[Count] = {}, second_low[Count] = {};
+    i32x16 first[Count] = {}, second[Count] = {};
     for (int p = 0; p < pairs; ++p) {
         const u8x64 h = load<u8x64>(high + p * 64), l = load<u8x64>(low + p * 64);
-        const u8x64 h0 = low_nibbles(h), h1 = high_nibbles(h), l0 = low_nibbles(l),
-                    l1 = high_nibbles(l);
+        const u8x64 even = join_low_nibbles(h, l), odd = join_high_nibbles(h, l);
         for (int q = 0; q < Count; ++q) {
-            const int32_t a0 = four_digits(queries[q].high + 8 * p),
-                          a1 = four_digits(queries[q].high + 8 * p + 4),
-                          b0 = four_digits(queries[q].low + 8 * p),
-                          b1 = four_digits(queries[q].low + 8 * p + 4);
-            first_low[q] = dot4(dot4(first_low[q], l0, a0), l1, a1);
-            second_high[q] = dot4(dot4(second_high[q], h0, b0), h1, b1);
-            second_low[q] = dot4(dot4(second_low[q], l0, b0), l1, b1);
+            first[q] = dot4_byte(first[q], even, four_digits(queries[q].high + 8 * p));
+            second[q] = dot4_byte(second[q], even, four_digits(queries[q].low + 8 * p));
+            first[q] = dot4_byte(first[q], odd, four_digits(queries[q].high + 8 * p + 4));
+            second[q] = dot4_byte(second[q], odd, four_digits(queries[q].low + 8 * p + 4));
         }
     }
     const f32x16 step = from_bfloat16(load<u16x16>(high + size_t(pairs) * 64));
     for (int q = 0; q < Count; ++q) {
         const CodedQuery& query = queries[q];
-        const f32x16 fine = to_float16lanes(first_low[q]) - 7.5f * query.high_sum;
-        const f32x16 second =
-            16.0f * to_float16lanes(second_high[q]) + to_float16lanes(second_low[q]) -
-            127.5f * query.low_sum;
-        refined[q] = load<f32x16>(estimates + q * stride) +
-                     step * (query.unit * (fine + second * (1.0f / 254.0f)));
+        const f32x16 coarse = to_float16lanes(first[q]) - 127.5f * query.high_sum;
+        const f32x16 fine = to_float16lanes(second[q]) - 127.5f * query.low_sum;
+        refined[q] = step * (query.unit * (coarse + fine * (1.0f / 254.0f))) + query.centre;
     }
 }
 
@@ -290,7 +344,7 @@ inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t
     f32x16 top[Count], refined[Count];
     for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
     for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
-        refine_block<Count>(high, low, dim, queries, estimates + block * 16, stride, refined);
+        refine_block<Count>(high, low, dim, queries, refined);
         for (int q = 0; q < Count; ++q) {
             top[q] = max_of(top[q], refined[q]);
             store(estimates + q * stride + block * 16, refined[q]);
@@ -314,52 +368,57 @@ void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
 template <int Count, bool Certify>
 inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters,
                         int dim, int value_dim, size_t blocks, uint32_t first_key,
-                        const CodedQuery* queries, const Selection* selection, bool refined,
-                        const float* estimates, size_t stride, KeptKeys* kept,
+                        const CodedQuery* queries, const Selection* selection,
+                        const float* uppers, size_t stride, KeptKeys* kept,
                         SelectionSums* sums) {
-    constexpr int kMaxGroups = kMaxHeadDim / kValueGroup;
+    constexpr int kMaxGroups = kMaxHeadDim / kValueGroup, kAhead = 3;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     const int groups = (value_dim + kValueGroup - 1) / kValueGroup;
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    size_t count = 0, refined_blocks = 0, exact_count[Count] = {};
+    size_t count = 0, exact_count[Count] = {};
     int64_t kept_total[Count] = {};
-    f32x16 omitted[Count] = {}, sketched[Count] = {}, sketched_low[Count] = {};
-    f32x16 weight_error[Count] = {}, weight_var[Count] = {};
+    f32x16 omitted[Count] = {}, sketched[Count] = {}, weight_band[Count] = {},
+           weight_var[Count] = {};
     f32x16 offsets[Count][kMaxGroups], steps[Count][kMaxGroups], squares[Count][kMaxGroups];
     for (int q = 0; q < Count; ++q)
         for (int g = 0; g < groups; ++g) offsets[q][g] = steps[q][g] = squares[q][g] = f32x16{};
-    for (size_t block = 0; block < blocks;
-         ++block, high += bytes + 64, low += bytes + 32, estimates += 16) {
-        const f32x16 step = from_bfloat16(load<u16x16>(high + bytes)),
-                     residual = from_bfloat16(load<u16x16>(refined ? low + bytes : high + bytes + 32));
-        uint32_t doubt[Count], any = 0;
+    // First pass, without branches: which keys are in doubt, and the mass of the others.
+    uint16_t doubts[kSelectBlocks][Count], flagged[kSelectBlocks + kAhead];
+    size_t flagged_count = 0;
+    for (size_t block = 0; block < blocks; ++block) {
+        uint32_t any = 0;
         for (int q = 0; q < Count; ++q) {
-            const CodedQuery& query = queries[q];
-            const float slope = refined ? query.slope8 : query.slope4,
-                        slope_step = refined ? query.slope8_step : query.slope4_step;
-            const f32x16 upper = load<f32x16>(estimates + q * stride) +
-                                 (slope * residual + slope_step * step + query.slack);
-            doubt[q] = mask_not_less(upper, splat(selection[q].threshold));
-            any |= doubt[q];
-            if (Certify && doubt[q] != 0xffffu)
-                omitted[q] += keep_lanes(~doubt[q] & 0xffffu,
-                                         exp_of(upper - selection[q].reference));
+            const f32x16 upper = load<f32x16>(uppers + q * stride + block * 16);
+            const uint32_t doubt = mask_ge(upper, splat(selection[q].threshold)) &
+                                   mask_ge(upper, splat(kLowest));
+            doubts[block][q] = uint16_t(doubt);
+            any |= doubt;
+            if (Certify)
+                omitted[q] += keep_lanes(~doubt & 0xffffu,
+                                         exp_above(upper, selection[q].reference));
         }
-        if (!any) continue;
-        ++refined_blocks;
+        flagged[flagged_count] = uint16_t(block);
+        flagged_count += any != 0;
+    }
+    for (int i = 0; i < kAhead; ++i) flagged[flagged_count + i] = uint16_t(blocks - 1);
+    for (size_t f = 0; f < flagged_count; ++f) {
+        const size_t block = flagged[f];
+        const uint8_t *h = high + block * (bytes + 64), *l = low + block * (bytes + 32);
+        // The codes of flagged blocks lie scattered: ask for them in time.
+        for (size_t line = 0; line < bytes + 64; line += 64) {
+            __builtin_prefetch(high + flagged[f + kAhead] * (bytes + 64) + line);
+            __builtin_prefetch(low + flagged[f + kAhead] * (bytes + 32) + line);
+        }
+        const f32x16 step = from_bfloat16(load<u16x16>(h + bytes));
         f32x16 estimate[Count], weight[Count];
-        if (refined)
-            for (int q = 0; q < Count; ++q) estimate[q] = load<f32x16>(estimates + q * stride);
-        else
-            refine_block<Count>(high, low, dim, queries, estimates, stride, estimate);
-        const f32x16 residual8 = from_bfloat16(load<u16x16>(low + bytes));
+        refine_block<Count>(h, l, dim, queries, estimate);
+        const f32x16 residual8 = from_bfloat16(load<u16x16>(l + bytes));
         const uint32_t uncoded = mask_ge(residual8, splat(kInfinity));
         const i32x16 key = lane + int32_t(first_key + block * 16);
         uint32_t coded_any = 0;
         for (int q = 0; q < Count; ++q) {
             const CodedQuery& query = queries[q];
-            const uint32_t seen =
-                doubt[q] & mask_ge(load<f32x16>(estimates + q * stride), splat(kLowest));
+            const uint32_t seen = doubts[block][q];
             const f32x16 band =
                 query.slope8 * residual8 + query.slope8_step * step + query.slack;
             const f32x16 decisive = selection[q].keep_upper ? estimate[q] + band : estimate[q];
@@ -368,19 +427,18 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
             const uint32_t exact =
                 keep & (mask_ge(decisive, splat(selection[q].exact_from)) | uncoded);
             const uint32_t left = seen & ~keep, coded = keep & ~exact;
-            if (Certify && left)
-                omitted[q] +=
-                    keep_lanes(left, exp_of(estimate[q] + band - selection[q].reference));
             weight[q] = f32x16{};
-            if (coded) {
-                weight[q] = keep_lanes(coded, exp_of(estimate[q] - selection[q].reference));
+            if (coded | (Certify ? left : 0)) {
+                const f32x16 every = exp_of(estimate[q] - selection[q].reference);
+                weight[q] = keep_lanes(coded, every);
                 sketched[q] += weight[q];
                 if (Certify) {
-                    // exp(-band) >= 1 - band; a band is finite where a key is coded
-                    const f32x16 off = keep_lanes(coded, band);
-                    sketched_low[q] += weight[q] * max_of(1.0f - off, f32x16{});
-                    weight_error[q] += weight[q] * (exp_of(off) - 1.0f);
-                    weight_var[q] += (weight[q] * off) * (weight[q] * off);
+                    // exp(band) - 1 <= growth * band, and a band is finite where a key is coded.
+                    const f32x16 error = keep_lanes(coded | left, every * band);
+                    omitted[q] += keep_lanes(left, every + selection[q].growth * error);
+                    const f32x16 own = keep_lanes(coded, error);
+                    weight_band[q] += own;
+                    weight_var[q] += own * own;
                 }
                 coded_any |= coded;
             }
@@ -410,14 +468,13 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
         count += size_t(__builtin_popcount(coded_any));
     }
     kept->count = count;
-    sums->refined += int64_t(refined_blocks);
+    sums->refined += int64_t(flagged_count);
     for (int q = 0; q < Count; ++q) {
         kept->exact_count[q] = exact_count[q];
         kept->kept[q] = kept_total[q];
         sums->omitted[q] += sum_of(omitted[q]);
         sums->sketched[q] += sum_of(sketched[q]);
-        sums->sketched_low[q] += sum_of(sketched_low[q]);
-        sums->weight_error[q] += sum_of(weight_error[q]);
+        sums->weight_band[q] += sum_of(weight_band[q]);
         sums->weight_var[q] += sum_of(weight_var[q]) / dim;
         for (int g = 0; g < groups; ++g) {
             sums->offsets[q * groups + g] += sum_of(offsets[q][g]);
@@ -429,11 +486,11 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
 
 void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
             int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries, int count,
-            const Selection* selection, bool refined, bool certify, const float* estimates,
-            size_t stride, KeptKeys* kept, SelectionSums* sums) {
+            const Selection* selection, bool certify, const float* uppers, size_t stride,
+            KeptKeys* kept, SelectionSums* sums) {
 #define HSR_SELECT(N, CERTIFY)                                                                   \
     select_tile<N, CERTIFY>(high, low, value_parameters, dim, value_dim, blocks, first_key,     \
-                            queries, selection, refined, estimates, stride, kept, sums)
+                            queries, selection, uppers, stride, kept, sums)
 #define HSR_CASE(N) \
     case N: return certify ? HSR_SELECT(N, true) : HSR_SELECT(N, false);
     switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
@@ -586,7 +643,7 @@ const Kernels& table();
 const Kernels& table() {
     static const Kernels all = {
         HSR_TEXT(HSR_LEVEL), to_float, rotate,  code_keys, code_value,
-        scan, exp_into, mass_below, sum_exp,  refine,  select,    accumulate_codes, bounds,
+        scan, scan_mass, exp_into, mass_below, sum_exp,  refine,  select,    accumulate_codes, bounds,
         dot,                 dot64,    axpy,    flat_masks, flat_block64, count_from};
     return all;
 }

@@ -62,30 +62,6 @@ inline float bfloat16_value(uint16_t bits) {
     return x;
 }
 
-// exp(x), relative error below 3e-7 for -87 <= x <= 88; 0 below, saturated above. Cody-Waite reduction to
-// |r| <= ln(2)/2 and the Taylor polynomial of degree 7 (next term r^8/8! < 6e-9).
-inline f32x16 exp_of(f32x16 x) {
-    const f32x16 zero = {};
-    i32x16 small = x < splat(-87.0f);
-    x = min_of(x, splat(88.0f));
-    x = small ? zero : x;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    f32x16 shifted = x * 1.44269504088896341f + magic;
-    f32x16 n = shifted - magic;
-    f32x16 r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    f32x16 p = r * 1.98412698e-4f + 1.38888889e-3f;
-    p = p * r + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    i32x16 power = (((i32x16)shifted) << 23);  // low bits of shifted hold n
-    p = (f32x16)((i32x16)p + power);
-    return small ? zero : p;
-}
-
 // ---- the operations that differ by level ----
 
 #if defined(__AVX512VNNI__)
@@ -93,6 +69,8 @@ inline f32x16 exp_of(f32x16 x) {
 inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
     return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(digits));
 }
+// As dot4, for codes of 8 bits.
+inline i32x16 dot4_byte(i32x16 sum, u8x64 codes, int32_t digits) { return dot4(sum, codes, digits); }
 inline uint32_t mask_ge(f32x16 a, f32x16 b) {
     return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
 }
@@ -111,6 +89,14 @@ inline i32x16 widen_bytes(u8x16 bytes) { return (i32x16)_mm512_cvtepu8_epi32((__
 inline u8x64 low_nibbles(u8x64 x) { return x & (uint8_t)0x0f; }
 inline u8x64 high_nibbles(u8x64 x) {
     return (u8x64)_mm512_and_si512(_mm512_srli_epi16((__m512i)x, 4), _mm512_set1_epi8(0x0f));
+}
+inline u8x64 join_low_nibbles(u8x64 high, u8x64 low) {
+    const __m512i mask = _mm512_set1_epi8(0x0f);  // bits of `low` under the mask, of `high` << 4 elsewhere
+    return (u8x64)_mm512_ternarylogic_epi32(mask, (__m512i)low, _mm512_slli_epi16((__m512i)high, 4), 0xca);
+}
+inline u8x64 join_high_nibbles(u8x64 high, u8x64 low) {
+    const __m512i mask = _mm512_set1_epi8(0x0f);
+    return (u8x64)_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16((__m512i)low, 4), (__m512i)high, 0xca);
 }
 
 #else
@@ -145,6 +131,14 @@ inline i32x16 widen_bytes(u8x16 bytes) { return __builtin_convertvector(bytes, i
 inline u8x64 low_nibbles(u8x64 x) { return x & (uint8_t)0x0f; }
 inline u8x64 high_nibbles(u8x64 x) { return (u8x64)((u16x32)x >> 4) & (uint8_t)0x0f; }
 
+// Codes of 8 bits from their high and low nibbles, of the even and of the odd four dimensions.
+inline u8x64 join_low_nibbles(u8x64 high, u8x64 low) {
+    return (u8x64)(((u16x32)high << 4) & (uint16_t)0xf0f0) | low_nibbles(low);
+}
+inline u8x64 join_high_nibbles(u8x64 high, u8x64 low) {
+    return (high & (uint8_t)0xf0) | high_nibbles(low);
+}
+
 #if defined(__AVX2__)
 // Products of a code <= 15 and a digit >= -127: a pair sums to at most 2 * 15 * 127 = 3810 < 32767,
 // so the saturating 16-bit addition of maddubs never saturates.
@@ -158,6 +152,9 @@ inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
             s[half], _mm256_madd_epi16(_mm256_maddubs_epi16(c[half], q), ones));
     __builtin_memcpy(&sum, s, 64);
     return sum;
+}
+inline i32x16 dot4_byte(i32x16 sum, u8x64 codes, int32_t digits) {
+    return dot4(sum, low_nibbles(codes), digits) + (dot4(i32x16{}, high_nibbles(codes), digits) << 4);
 }
 inline f32x16 from_float16(u16x16 bits) {
     __m128i h[2];
@@ -176,6 +173,7 @@ inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
     return sum + (i32x16)(w & 0xff) * q0 + (i32x16)((w >> 8) & 0xff) * q1 +
            (i32x16)((w >> 16) & 0xff) * q2 + (i32x16)(w >> 24) * q3;
 }
+inline i32x16 dot4_byte(i32x16 sum, u8x64 codes, int32_t digits) { return dot4(sum, codes, digits); }
 inline f32x16 from_float16(u16x16 bits) {
     uint16_t h[16];
     float f[16];
@@ -196,6 +194,41 @@ inline f32x16 from_float16(u16x16 bits) {
     return load<f32x16>(f);
 }
 #endif
+#endif
+
+// exp(x) = 2^n 2^f with x log2(e) = n + f, |f| <= 1/2; relative error below 2e-7 (1 + |x|). Above 88 it
+// saturates. Below -87 it is 0 or, on AVX-512, the subnormal number. 2^f: minimax polynomial of degree 5.
+inline f32x16 exp2_fraction(f32x16 f) {
+    f32x16 p = f * 1.32764702e-3f + 9.67554189e-3f;
+    p = p * f + 5.55071346e-2f;
+    p = p * f + 0.240221202f;
+    p = p * f + 0.693146944f;
+    return p * f + 1.00000012f;
+}
+
+#if defined(__AVX512VNNI__)
+inline f32x16 exp_of(f32x16 x) {
+    const f32x16 t = min_of(x, splat(88.0f)) * 1.44269504088896341f;
+    const __m512 n = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (f32x16)_mm512_scalef_ps((__m512)exp2_fraction(t - (f32x16)n), n);
+}
+// exp(x - reference), from above by at most 0.4 %: 2^f on [0, 1) by a quadratic raised above it.
+inline f32x16 exp_above(f32x16 x, float reference) {
+    const f32x16 t = (x - reference) * 1.44269504f;
+    const f32x16 f = (f32x16)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF);
+    return (f32x16)_mm512_scalef_ps((__m512)((f * 0.337829f + 0.658884f) * f + 1.003626f), (__m512)t);
+}
+#else
+inline f32x16 exp_of(f32x16 x) {
+    const i32x16 small = x < splat(-87.0f);
+    f32x16 t = min_of(x, splat(88.0f)) * 1.44269504088896341f;
+    t = small ? f32x16{} : t;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    const f32x16 shifted = t + magic;
+    const f32x16 p = exp2_fraction(t - (shifted - magic));
+    return small ? f32x16{} : (f32x16)((i32x16)p + (((i32x16)shifted) << 23));
+}
+inline f32x16 exp_above(f32x16 x, float reference) { return exp_of(x - reference) * 1.0001f; }
 #endif
 
 inline f32x16 load_row(Dtype dtype, const void* row, int at) {

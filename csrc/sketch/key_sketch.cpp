@@ -64,6 +64,14 @@ void KeySketch::code(const RowStore& rows, int head) {
 
 void KeySketch::crop(size_t keys) { blocks_ = std::min(blocks_, keys / kBlock); }
 
+namespace {
+
+int8_t nearest_digit(double x) {  // |x| <= 127.5
+    return int8_t(std::clamp(int(x + (x < 0 ? -0.5 : 0.5)), -127, 127));
+}
+
+}  // namespace
+
 void PreparedQuery::prepare(const KeySketch& sketch, const float* query, double norm, double scale,
                             bool scale_by_norm) {
     const int dim = sketch.dim(), wide = padded16(dim);
@@ -82,18 +90,19 @@ void PreparedQuery::prepare(const KeySketch& sketch, const float* query, double 
     std::fill(low, low + wide, int8_t(0));
     float top = 0;
     for (int i = 0; i < dim; ++i) top = std::max(top, std::fabs(rotated[i]));
-    const double step = top > 0 ? top / 127.0 : 1.0;
+    const double step = top > 0 ? top / 127.0 : 1.0, inverse = 1.0 / step;
     double rest4 = 0, rest8 = 0;
     int high_sum = 0, low_sum = 0;
     for (int i = 0; i < dim; ++i) {
-        const double x = rotated[i] / step;
-        const double a = std::nearbyint(x), b = std::nearbyint((x - a) * 254.0);
-        high[i] = int8_t(std::clamp(a, -127.0, 127.0));
-        low[i] = int8_t(std::clamp(b, -127.0, 127.0));
+        const double x = rotated[i] * inverse;
+        high[i] = nearest_digit(x);
+        const double after_high = x - high[i];
+        low[i] = nearest_digit(after_high * 254.0);
+        const double after_low = after_high - low[i] * (1.0 / 254.0);
         high_sum += high[i];
         low_sum += low[i];
-        rest4 += (x - high[i]) * (x - high[i]);
-        rest8 += std::pow(x - high[i] - low[i] / 254.0, 2);
+        rest4 += after_high * after_high;
+        rest8 += after_low * after_low;
     }
     // rho bounds |q - decoded q| / |q|. Rounding q / |q| to float32 adds 2^-24, rotating it the slack.
     const double off = r.relative_slack + 1e-7;
@@ -108,7 +117,9 @@ void PreparedQuery::prepare(const KeySketch& sketch, const float* query, double 
     coded.high_sum = float(high_sum);
     coded.low_sum = float(low_sum);
     coded.slope4 = float(up * (1 + 2 * rho4));
-    coded.slope4_step = float(up * rho4 * 127.5 * root * 1.00001);
+    // residual4 covers kQueryShare |q~| |k| already (|q~| >= (1 - rho) |q|); the rest is paid by the step.
+    const double unpaid4 = std::max(0.0, rho4 - kQueryShare * (1 - rho4));
+    coded.slope4_step = float(up * unpaid4 * 127.5 * root * 1.00001);
     coded.slope8 = float(up * (1 + 2 * rho8));
     coded.slope8_step = float(up * rho8 * 127.5 * root * 1.00001);
     // Rounding of an estimate in float32: under 32 roundings of terms no larger than the product of the

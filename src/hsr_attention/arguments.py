@@ -107,11 +107,17 @@ def like(example: Any, values: NDArray[np.float32]) -> Any:
     return values.astype(dtype) if dtype.kind == "f" or dtype.name == "bfloat16" else values
 
 
-def output_rounding(example: Any) -> float:
-    """Return the relative rounding of ``like``: half a unit in the last place of the dtype."""
-    return {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(
-        str(example.dtype).removeprefix("torch.") if hasattr(example, "dtype") else "", 0.0
-    )
+def output_rounding(example: Any, values: NDArray[np.float32]) -> NDArray[np.float32] | float:
+    """Bound what ``like(example, values)`` rounds away, over the last axis."""
+    dtype = str(getattr(example, "dtype", "")).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16"):
+        return 0.0
+    relative, smallest, largest = {
+        "bfloat16": (2.0**-8, 2.0**-133, 3.38e38),
+        "float16": (2.0**-11, 2.0**-25, 65504.0),
+    }[dtype]
+    size = np.abs(values).max(axis=-1, initial=0.0)
+    return np.where(size <= largest, np.maximum(relative * size, smallest), np.inf)
 
 
 def matrix(name: str, array: Any, head_dim: int | None = None) -> FloatArray:
@@ -210,6 +216,13 @@ def positive_integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
+    return int(value)
+
+
+def bounded_integer(name: str, value: Any, largest: int) -> int:
+    """Check an integer in [1, largest]."""
+    if positive_integer(name, value) > largest:
+        raise ValueError(f"{name} must be <= {largest}, got {value}")
     return int(value)
 
 

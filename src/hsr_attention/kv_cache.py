@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 from hsr_attention import _native, arguments
 from hsr_attention.attention.certificate import Certificate
 from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
-from hsr_attention.thresholds import ThresholdRule
 
 
 class KVCache:
@@ -195,7 +194,7 @@ class KVCache:
         scale: float | None,
         mask: Any,
         certify: bool,
-    ) -> tuple[Any, Certificate]:
+    ) -> tuple[Any, Certificate | None]:
         layer, policy = self._layer, self.policy
         batch, heads, m, dim = queries.shape
         if batch != layer.batch:
@@ -208,7 +207,7 @@ class KVCache:
             )
         scale = arguments.scale(scale, dim)
         softmax = isinstance(policy, SoftmaxPolicy)
-        out, bound, estimate, omitted, density, lse, work = layer.attend(
+        found = layer.attend(
             queries.bits,
             int(queries.dtype),
             visible,
@@ -217,22 +216,26 @@ class KVCache:
             scale=scale,
             epsilon=policy.epsilon or policy.tail_epsilon if softmax else 0.5,
             exact_share=policy.exact_share if softmax else 0.5,
-            top_r=(policy.top_r or 0) if softmax else 0,
+            top_r=min(policy.top_r or 0, 2**62) if softmax else 0,
             power=1 if softmax else policy.power,
             certify=certify and (not softmax or policy.certify),
+            with_certificate=certify,
             thresholds=self._thresholds(queries, scale),
             mask=None if mask is None else arguments.key_mask(mask, batch, m, len(self)),
         )
-        if rounding := arguments.output_rounding(q):
-            bound = bound + rounding * np.abs(out).max(axis=-1, initial=0.0)
-        return arguments.like(q, out), Certificate(bound, estimate, omitted, density, lse, work)
+        out = arguments.like(q, found[0])
+        if not certify:
+            return out, None
+        _, bound, estimate, omitted, density, lse, work = found
+        bound = bound + arguments.output_rounding(q, found[0])
+        return out, Certificate(bound, estimate, omitted, density, lse, work)
 
     def _thresholds(self, queries: arguments.FloatArray, scale: float) -> NDArray | None:
         rule = self.policy.threshold
         if rule is None:
             return None
         shape = queries.shape[:3]
-        if isinstance(rule, ThresholdRule):
+        if callable(rule):
             key_rms = self._layer.key_rms()
             group = shape[1] // self._layer.kv_heads
             rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), len(self), scale)

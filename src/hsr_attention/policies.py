@@ -13,6 +13,7 @@ from hsr_attention.thresholds import ThresholdRule
 
 TAILS = ("sketch", "drop")
 DEFAULT_EPSILON = 0.02
+MAX_POWER = 16  # of a ratio <= 1: the powers of a row stay inside float64
 
 # Numbers of the native code's `Rule`.
 RULE_EPSILON, RULE_THRESHOLD, RULE_TOP_R, RULE_RELU = range(4)
@@ -85,7 +86,7 @@ class ReLUPolicy:
     ----------
     threshold : float, one for each head, one for each query, or a rule from ``thresholds``
         The b of the paper, in logit units.
-    power : int >= 1
+    power : int in [1, 16]
         The alpha of the paper.
     """
 
@@ -93,7 +94,9 @@ class ReLUPolicy:
     power: int = 1
 
     def __post_init__(self) -> None:
-        arguments.positive_integer("power", self.power)
+        arguments.bounded_integer("power", self.power, MAX_POWER)
+        if not callable(self.threshold) and np.isneginf(np.asarray(self.threshold)).any():
+            raise ValueError("threshold must be above -inf for ReLU attention, got -inf")
 
     @property
     def rule(self) -> int:
