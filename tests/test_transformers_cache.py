@@ -167,8 +167,14 @@ def test_handles_know_shapes_and_refuse_to_be_read():
     assert isinstance(keys, CachedRows)
     assert keys.shape == values.shape == (BATCH, KV_HEADS, 11, DIM)
     assert keys.dtype is torch.float32 and keys.device.type == "cpu" and keys.ndim == 4
+    assert keys.to(keys.device) is keys
     cache.layers[0].crop(-3)
-    for read in (lambda k: k @ k, lambda k: k[:, :, 0], lambda k: torch.cat([k, k])):
+    for read in (
+        lambda k: k.to(torch.bfloat16),
+        lambda k: k @ k,
+        lambda k: k[:, :, 0],
+        lambda k: torch.cat([k, k]),
+    ):
         keys, _ = cache.update(*states(3), 0)
         with pytest.raises(ValueError, match=r"attn_implementation='hsr'"):
             read(keys)

@@ -60,9 +60,14 @@ class CachedRows(torch.Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """Answer questions of shape and dtype; refuse everything else and undo the append."""
+        kwargs = kwargs or {}
         if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})
-        for argument in (*args, *(kwargs or {}).values()):
+            return super().__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.to:  # models that share keys between layers move them, to the CPU
+            there = torch.empty(0, dtype=args[0].dtype).to(*args[1:], **kwargs)
+            if there.dtype == args[0].dtype and there.device.type == "cpu":
+                return args[0]
+        for argument in (*args, *kwargs.values()):
             for rows in argument if isinstance(argument, list | tuple) else (argument,):
                 if isinstance(rows, cls):
                     rows.layer.forget_newest(rows)
