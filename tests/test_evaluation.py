@@ -85,6 +85,16 @@ def test_every_dense_cache_gives_the_same(model, ids):
     assert torch.allclose(generation.step(model, chosen, token), a, atol=1e-4)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_time_by_position_shortens_the_cache(model, ids, static):
+    cache = generation.dense_cache(model)
+    generation.prefill(model, ids, cache)
+    times = generation.time_by_position(model, cache, 5, [50, 300], static, repeats=2)
+    assert list(times) == [50, 300]
+    assert min(times.values()) > 0
+    assert cache.get_seq_length() == 50
+
+
 def test_runs_agree_when_everything_is_exact(model, ids):
     exact = hsr.SoftmaxPolicy(epsilon=1e-7, exact=True)
     ours = comparison.run_hsr(model, ids, exact, 16, chunk=128, positions=[100, 200])

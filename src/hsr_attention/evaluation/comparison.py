@@ -114,12 +114,14 @@ def run_dense(
         model, decoding, logits, count, stop=stop or (), on_token=watch.token
     )
     run = Run(path, n, seconds, decoded, memory.peak_bytes())
+    static = decoding is not cache
     del decoding
     if compared_to is not None:
         forced = _forced(model, ids, cache, logits, compared_to.tokens)
         run.agreement = generation.agreement(compared_to, decoded, forced)
     if positions and generation.croppable(cache):
-        run.by_position = generation.time_by_position(model, cache, decoded.tokens[-1], positions)
+        token = decoded.tokens[-1]
+        run.by_position = generation.time_by_position(model, cache, token, positions, static)
     return run
 
 

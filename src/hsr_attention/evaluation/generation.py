@@ -144,16 +144,25 @@ def croppable(cache: Any) -> bool:
 
 
 def time_by_position(
-    model: Any, cache: Any, token: int, positions: Iterable[int], repeats: int = 5
+    model: Any,
+    cache: Any,
+    token: int,
+    positions: Iterable[int],
+    static: bool = False,
+    repeats: int = 5,
 ) -> dict[int, float]:
-    """Return the median time of a token behind each number of cached ones; shortens the cache."""
+    """Return the median time of a token behind each number of cached ones; shortens the cache.
+
+    ``static`` times a ``StaticCache`` of that length with the same tokens.
+    """
     times = {}
     for n in sorted(set(positions), reverse=True):
         crop(cache, n)
+        timed = static_copy(model, cache, repeats + 1) if static else cache
         seconds = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            step(model, cache, token)
+            step(model, timed, token)
             seconds.append(time.perf_counter() - start)
             crop(cache, n)
         times[n] = statistics.median(seconds[1:])
