@@ -1,6 +1,7 @@
 """Every command on a tiny model, and every bad input with its exit code and its one line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -113,6 +114,21 @@ def test_missing_torch_names_its_extra(tmp_path):
 def test_unknown_command_and_option(run):
     refused(run("nosuch"), "nosuch")
     refused(run("info", "--nosuch"), "--nosuch")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("HSR_ISA", "avx3", "unknown isa 'avx3'"), ("HSR_NUM_THREADS", "many", "HSR_NUM_THREADS")],
+)
+def test_bad_settings_of_the_environment(name, value, expected):
+    code = "import sys; from hsr_attention.cli import main; sys.exit(main(['info']))"
+    environment = os.environ | {name: value}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 2
+    assert expected in found.stderr
+    assert found.stderr.strip().count("\n") == 0
 
 
 # ---- policies

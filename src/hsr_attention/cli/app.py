@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hsr_attention.cli import bench, capture, evaluate, generate, info
+from hsr_attention.evaluation.errors import InputError
 
 app = typer.Typer(
     help="Attention by half-space reporting: few keys, bounded error, fast on CPUs.",
@@ -32,7 +33,12 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    import hsr_attention as hsr
+
+    try:
+        hsr.info()
+    except ValueError as error:  # HSR_ISA or HSR_NUM_THREADS
+        raise InputError(str(error)) from None
 
 
 app.command("info")(info.run)
