@@ -16,9 +16,9 @@ NAME = "hsr"
 
 # Several new positions at once (speculative decoding, chunks of a prompt) share one dense pass
 # over the keys, which is exact, and faster unless there are this many keys for each of them.
-# Measured with 9/3 heads and 8,192 keys in float32: a report costs 0.7 ms a position, the dense
-# pass 2.4 ms, and hardly more for four positions.
-KEYS_PER_POSITION = 2048
+# Measured with 9/3 heads, d = 64, one thread, 8,192 keys: a report costs 0.32 ms a position, the
+# dense pass 2.5 ms (float32) or 1.5 to 2.4 ms (bfloat16), and little more for eight positions.
+KEYS_PER_POSITION = 1024
 
 # Arguments of other attention functions that change the result: ignoring one would be wrong.
 _REFUSED = {
