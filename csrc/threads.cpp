@@ -46,21 +46,47 @@ void relax() {
 #endif
 }
 
+// A number for each thread that ever took part: the same thread gets the same share of equal loops, and
+// finds what it wrote in the last one in its own cache.
+unsigned own_number() {
+    static std::atomic<unsigned> next{0};
+    static thread_local const unsigned number = next++;
+    return number;
+}
+
+constexpr size_t kMaxShares = 64;
+
 struct Job {
+    struct alignas(64) Share {
+        std::atomic<size_t> next{0};
+        size_t end = 0;
+    };
     const std::function<void(size_t)>* body;
-    size_t tasks;
-    std::atomic<size_t> next{0};
+    size_t shares;
+    Share share[kMaxShares];
     std::atomic<bool> failed{false};
     std::exception_ptr error;
     std::mutex error_mutex;
 
+    Job(const std::function<void(size_t)>& function, size_t tasks, size_t threads)
+        : body(&function), shares(std::max<size_t>(1, std::min(threads, kMaxShares))) {
+        for (size_t s = 0; s < shares; ++s) {
+            share[s].next = tasks * s / shares;
+            share[s].end = tasks * (s + 1) / shares;
+        }
+    }
+    // Its own share first, then what others left.
     void work() {
-        for (size_t task; (task = next++) < tasks;) {
-            try {
-                (*body)(task);
-            } catch (...) {
-                std::lock_guard<std::mutex> lock(error_mutex);
-                if (!failed.exchange(true)) error = std::current_exception();
+        const size_t first = own_number() % shares;
+        for (size_t i = 0; i < shares; ++i) {
+            Share& from = share[(first + i) % shares];
+            for (size_t task; (task = from.next++) < from.end;) {
+                try {
+                    (*body)(task);
+                } catch (...) {
+                    std::lock_guard<std::mutex> lock(error_mutex);
+                    if (!failed.exchange(true)) error = std::current_exception();
+                }
             }
         }
     }
@@ -144,10 +170,8 @@ void set_openmp(uintptr_t address) { gomp = reinterpret_cast<GompParallel>(addre
 bool uses_openmp() { return gomp.load() != nullptr; }
 
 void parallel_for(size_t tasks, const std::function<void(size_t)>& body) {
-    Job job;
-    job.body = &body;
-    job.tasks = tasks;
     const int wanted = int(std::min<size_t>(tasks, size_t(num_threads())));
+    Job job(body, tasks, size_t(wanted));
     if (wanted <= 1) {
         job.work();
     } else if (const GompParallel parallel = gomp.load()) {

@@ -1,6 +1,7 @@
 #include "attention/attend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -61,6 +62,7 @@ struct Tile {
     Selection selection[kTile];
     double tail_logit[kTile][kBlock];  // keys behind the coded blocks; -inf: not seen
     size_t partial_at;
+    bool again;  // too much was omitted: select once more
 };
 
 struct KeptLists {
@@ -144,7 +146,9 @@ private:
             tiles_[t].stride = stride;
             for (int q = 0; q < tiles_[t].count; ++q) queries_of_wave_.push_back({t, q});
         }
-        for_each_query([&](Tile& tile, int q) { prepare(tile, q); });
+        parallel_for(queries_of_wave_.size(), [&](size_t i) {
+            prepare(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second);
+        });
         for (Tile& tile : tiles_) tile.scan = kind_of_scan(tile, cache_.key_sketch(store_head(tile)));
         chunks_of_wave_.clear();
         for (size_t t = 0; t < count; ++t) {
@@ -214,31 +218,36 @@ private:
         return kind;
     }
 
-    template <class Body>
-    void for_each_query(const Body& body) {
-        parallel_for(queries_of_wave_.size(), [&](size_t i) { body(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second); });
-    }
-
+    // Whoever ends the last chunk of a tile goes on with what needs all of them.
     void run_wave() {
+        std::vector<std::atomic<size_t>> open(tiles_.size());
+        const auto last_of = [&](size_t t) { return open[t].fetch_sub(1, std::memory_order_acq_rel) == 1; };
+        const auto reopen = [&] {
+            for (size_t t = 0; t < tiles_.size(); ++t) open[t] = tiles_[t].chunks;
+        };
+        reopen();
         parallel_for(chunks_of_wave_.size(), [&](size_t i) {
-            scan_chunk(tiles_[chunks_of_wave_[i].first], chunks_of_wave_[i].second);
+            const auto [t, c] = chunks_of_wave_[i];
+            scan_chunk(tiles_[t], c);
+            if (last_of(t)) choose(tiles_[t]);
         });
-        for_each_query([&](Tile& tile, int q) { choose(tile, q); });
+        for (Tile& tile : tiles_)
+            if (tile.chunks == 0) choose(tile);
         space_->candidates.resize(collects() ? chunks_of_wave_.size() * kTile : 0);
-        std::vector<char> pending(tiles_.size(), 1), enough(queries_of_wave_.size(), 0);
+        std::vector<char> pending(tiles_.size(), 1);
         while (std::count(pending.begin(), pending.end(), 1)) {
+            reopen();
             parallel_for(chunks_of_wave_.size(), [&](size_t i) {
                 const auto [t, c] = chunks_of_wave_[i];
-                if (pending[t]) select_chunk(tiles_[t], c);
+                if (!pending[t]) return;
+                select_chunk(tiles_[t], c);
+                if (last_of(t)) tiles_[t].again = !finish(tiles_[t]);
             });
-            parallel_for(queries_of_wave_.size(), [&](size_t i) {
-                const auto [t, q] = queries_of_wave_[i];
-                if (pending[t]) enough[i] = finish(tiles_[t], q);
-            });
-            std::fill(pending.begin(), pending.end(), 0);
-            for (size_t i = 0; i < enough.size(); ++i)
-                if (!enough[i]) pending[queries_of_wave_[i].first] = 1;
-            work_.selected_again += std::count(pending.begin(), pending.end(), 1);
+            for (size_t t = 0; t < tiles_.size(); ++t) {
+                if (pending[t] && tiles_[t].chunks == 0) tiles_[t].again = !finish(tiles_[t]);
+                pending[t] = tiles_[t].again;
+                work_.selected_again += tiles_[t].again;
+            }
         }
         for (const Tile& tile : tiles_) {
             const int64_t scored = int64_t(tile.blocks * kBlock) * tile.count;
@@ -329,6 +338,10 @@ private:
     }
 
     // ---- stage 2: thresholds of each query
+
+    void choose(Tile& tile) {
+        for (int q = 0; q < tile.count; ++q) choose(tile, q);
+    }
 
     void choose(Tile& tile, int q) {
         double top = -double(kInf);
@@ -526,10 +539,11 @@ private:
     void select_coded(const Tile& tile, size_t first, size_t count, KeptKeys& kept, SelectionSums& sums) const {
         const KeySketch& keys = cache_.key_sketch(store_head(tile));
         const bool values = reads_value_codes();
+        const Sums wanted = !certify() ? Sums::none : settings_.certify ? Sums::all : Sums::masses;
         kernels().select(keys.high(first), keys.low(first),
                          values ? cache_.value_sketch(store_head(tile)).parameters(first) : nullptr, cache_.key_dim(),
                          cache_.value_dim(), count, uint32_t(first * kBlock), tile.coded, tile.count, tile.selection,
-                         certify(), tile.uppers + first * kBlock, tile.stride, &kept, &sums);
+                         wanted, tile.uppers + first * kBlock, tile.stride, &kept, &sums);
     }
 
     // All estimates are full-precision logits: what reaches the threshold is exact, the rest is omitted.
@@ -587,6 +601,12 @@ private:
     }
 
     // ---- stage 4: the answer of each query; false asks for another selection
+
+    bool finish(Tile& tile) {
+        bool enough = true;
+        for (int q = 0; q < tile.count; ++q) enough &= finish(tile, q);
+        return enough;
+    }
 
     bool finish(Tile& tile, int q) {
         const size_t width = size_t(groups_) * kValueGroup;

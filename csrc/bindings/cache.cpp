@@ -26,13 +26,17 @@ void append(LayerCache& self, const AnyArray& keys, const AnyArray& values) {
     self.append(k, v);
 }
 
-nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtype, const VectorIds& visible,
+// `visible` none: the queries are the newest positions, causal among themselves.
+nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtype, std::optional<VectorIds> visible,
                        int rule, bool sketch_tail, double scale, double epsilon, double exact_share,
                        int64_t top_r, int power, bool certify, bool with_certificate, std::optional<Thresholds> thresholds,
                        std::optional<Mask> mask) {
     AttendQueries call{};
     call.queries = token_array(queries, dtype);
-    call.visible = visible.data();
+    std::vector<int64_t> newest;
+    if (!visible)
+        for (int64_t i = 0; i < call.queries.tokens; ++i) newest.push_back(int64_t(self.size()) - call.queries.tokens + i + 1);
+    call.visible = visible ? visible->data() : newest.data();
     call.thresholds = thresholds ? thresholds->data() : nullptr;
     if (mask) {
         if (mask->stride(2) != 1 && mask->shape(2) > 1) throw std::invalid_argument("mask must be contiguous over keys");
@@ -122,7 +126,7 @@ void init_cache(nb::module_& m) {
              })
         .def("keys", [](const LayerCache& self) { return rows_view(self.keys(), self.batch()); })
         .def("values", [](const LayerCache& self) { return rows_view(self.values(), self.batch()); })
-        .def("attend", &attend_cache, "queries"_a, "dtype"_a, "visible"_a, nb::kw_only(), "rule"_a,
+        .def("attend", &attend_cache, "queries"_a, "dtype"_a, "visible"_a.none(), nb::kw_only(), "rule"_a,
              "sketch_tail"_a, "scale"_a, "epsilon"_a, "exact_share"_a, "top_r"_a, "power"_a, "certify"_a, "with_certificate"_a,
              "thresholds"_a.none(), "mask"_a.none());
 }

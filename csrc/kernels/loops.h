@@ -166,7 +166,7 @@ inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const Code
         for (int p = 0; p < pairs; ++p) {
             __builtin_prefetch(high + 8 * (bytes + 64) + p * 64);
             const u8x64 codes = load<u8x64>(high + p * 64);
-            const u8x64 a = low_nibbles(codes), b = high_nibbles(codes);
+            const u8x64 a = low_nibbles(codes), b = high_nibbles_scaled(codes);
             for (int q = 0; q < Count; ++q) {
                 even[q] = dot4(even[q], a, four_digits(queries[q].high + 8 * p));
                 odd[q] = dot4(odd[q], b, four_digits(queries[q].high + 8 * p + 4));
@@ -175,7 +175,7 @@ inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const Code
         const f32x16 step = from_bfloat16(load<u16x16>(high + bytes));
         for (int q = 0; q < Count; ++q) {
             const CodedQuery& query = queries[q];
-            const f32x16 dot = to_float16lanes(even[q] + odd[q]) - 7.5f * query.high_sum;
+            const f32x16 dot = to_float16lanes(even[q] + (odd[q] >> kHighShift)) - 7.5f * query.high_sum;
             const f32x16 estimate = step * (16.0f * query.unit * dot) + query.centre;
             top[q] = max_of(top[q], estimate);
             store(estimates + q * stride + block * 16, estimate);
@@ -231,7 +231,7 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
             for (int q = 0; q < Count; ++q) {
                 const CodedQuery& query = queries[q];
                 const f32x16 estimate = load<f32x16>(here + q * stride + block * 16);
-                sum[q] += exp_of(estimate - reference[q]);
+                sum[q] += exp_above(estimate, reference[q]);
                 store(here + q * stride + block * 16,
                       estimate + (query.slope4 * residual + query.slope4_step * step + query.slack));
             }
@@ -365,7 +365,7 @@ void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
 
 // ------------------------------------------------------------------ selection
 
-template <int Count, bool Certify>
+template <int Count, Sums Wanted>
 inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters,
                         int dim, int value_dim, size_t blocks, uint32_t first_key,
                         const CodedQuery* queries, const Selection* selection,
@@ -385,15 +385,17 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
     // First pass, without branches: which keys are in doubt, and the mass of the others.
     uint16_t doubts[kSelectBlocks][Count], flagged[kSelectBlocks + kAhead];
     size_t flagged_count = 0;
+    f32x16 threshold[Count];  // hidden keys lie below kLowest and are never in doubt
+    for (int q = 0; q < Count; ++q)
+        threshold[q] = max_of(splat(selection[q].threshold), splat(kLowest));
     for (size_t block = 0; block < blocks; ++block) {
         uint32_t any = 0;
         for (int q = 0; q < Count; ++q) {
             const f32x16 upper = load<f32x16>(uppers + q * stride + block * 16);
-            const uint32_t doubt = mask_ge(upper, splat(selection[q].threshold)) &
-                                   mask_ge(upper, splat(kLowest));
+            const uint32_t doubt = mask_ge(upper, threshold[q]);
             doubts[block][q] = uint16_t(doubt);
             any |= doubt;
-            if (Certify)
+            if (Wanted != Sums::none)
                 omitted[q] += keep_lanes(~doubt & 0xffffu,
                                          exp_above(upper, selection[q].reference));
         }
@@ -428,17 +430,17 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
                 keep & (mask_ge(decisive, splat(selection[q].exact_from)) | uncoded);
             const uint32_t left = seen & ~keep, coded = keep & ~exact;
             weight[q] = f32x16{};
-            if (coded | (Certify ? left : 0)) {
+            if (coded | (Wanted != Sums::none ? left : 0)) {
                 const f32x16 every = exp_of(estimate[q] - selection[q].reference);
                 weight[q] = keep_lanes(coded, every);
                 sketched[q] += weight[q];
-                if (Certify) {
+                if (Wanted != Sums::none) {
                     // exp(band) - 1 <= growth * band, and a band is finite where a key is coded.
                     const f32x16 error = keep_lanes(coded | left, every * band);
                     omitted[q] += keep_lanes(left, every + selection[q].growth * error);
                     const f32x16 own = keep_lanes(coded, error);
                     weight_band[q] += own;
-                    weight_var[q] += own * own;
+                    if (Wanted == Sums::all) weight_var[q] += own * own;
                 }
                 coded_any |= coded;
             }
@@ -457,7 +459,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
             for (int q = 0; q < Count; ++q) {
                 const f32x16 scaled = weight[q] * value_step;
                 offsets[q][g] += weight[q] * value_offset;
-                if (Certify) {
+                if (Wanted == Sums::all) {
                     steps[q][g] += scaled;
                     squares[q][g] += scaled * scaled;
                 }
@@ -486,13 +488,16 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
 
 void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
             int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries, int count,
-            const Selection* selection, bool certify, const float* uppers, size_t stride,
+            const Selection* selection, Sums wanted, const float* uppers, size_t stride,
             KeptKeys* kept, SelectionSums* sums) {
-#define HSR_SELECT(N, CERTIFY)                                                                   \
-    select_tile<N, CERTIFY>(high, low, value_parameters, dim, value_dim, blocks, first_key,     \
+#define HSR_SELECT(N, WANTED)                                                                    \
+    select_tile<N, WANTED>(high, low, value_parameters, dim, value_dim, blocks, first_key,     \
                             queries, selection, uppers, stride, kept, sums)
 #define HSR_CASE(N) \
-    case N: return certify ? HSR_SELECT(N, true) : HSR_SELECT(N, false);
+    case N:                                                      \
+        return wanted == Sums::all      ? HSR_SELECT(N, Sums::all)  \
+               : wanted == Sums::masses ? HSR_SELECT(N, Sums::masses) \
+                                        : HSR_SELECT(N, Sums::none);
     switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
 #undef HSR_CASE
 #undef HSR_SELECT

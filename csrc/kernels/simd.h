@@ -87,6 +87,9 @@ inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
 inline f32x16 from_float16(u16x16 bits) { return (f32x16)_mm512_cvtph_ps((__m256i)bits); }
 inline i32x16 widen_bytes(u8x16 bytes) { return (i32x16)_mm512_cvtepu8_epi32((__m128i)bytes); }
 inline u8x64 low_nibbles(u8x64 x) { return x & (uint8_t)0x0f; }
+// High nibbles in place, 16 times too large (kHighShift = 4): saves the shift in the scan.
+constexpr int kHighShift = 4;
+inline u8x64 high_nibbles_scaled(u8x64 x) { return x & (uint8_t)0xf0; }
 inline u8x64 high_nibbles(u8x64 x) {
     return (u8x64)_mm512_and_si512(_mm512_srli_epi16((__m512i)x, 4), _mm512_set1_epi8(0x0f));
 }
@@ -130,6 +133,8 @@ inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
 inline i32x16 widen_bytes(u8x16 bytes) { return __builtin_convertvector(bytes, i32x16); }
 inline u8x64 low_nibbles(u8x64 x) { return x & (uint8_t)0x0f; }
 inline u8x64 high_nibbles(u8x64 x) { return (u8x64)((u16x32)x >> 4) & (uint8_t)0x0f; }
+constexpr int kHighShift = 0;  // dot4 takes codes up to 15 only
+inline u8x64 high_nibbles_scaled(u8x64 x) { return high_nibbles(x); }
 
 // Codes of 8 bits from their high and low nibbles, of the even and of the odd four dimensions.
 inline u8x64 join_low_nibbles(u8x64 high, u8x64 low) {

@@ -80,9 +80,10 @@ void PreparedQuery::prepare(const KeySketch& sketch, const float* query, double 
     float unit_query[kMaxHeadDim];
     alignas(64) float rotated[kMaxHeadDim];
     double centre = 0;
+    const double to_unit = norm > 0 ? 1.0 / norm : 0.0;
     for (int i = 0; i < dim; ++i) {
-        unit_query[i] = norm > 0 ? float(query[i] / norm) : 0.0f;
-        centre += (norm > 0 ? query[i] / norm : 0.0) * sketch.centre()[size_t(i)];
+        unit_query[i] = float(query[i] * to_unit);
+        centre += query[i] * to_unit * sketch.centre()[size_t(i)];
     }
     const Rotation& r = rotation(dim);
     kernels().rotate(r.matrix.data(), dim, unit_query, 1, rotated);

@@ -41,6 +41,7 @@ class KVCache:
         if not isinstance(self.policy, SoftmaxPolicy | ReLUPolicy):
             raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
         self._layer: Any = None
+        self._settings = _native_settings(self.policy)
 
     def __len__(self) -> int:
         """Return the number of cached tokens."""
@@ -182,15 +183,14 @@ class KVCache:
         m = queries.shape[2]
         if m > len(self):
             raise ValueError(f"q must have at most {len(self)} positions (cached tokens), got {m}")
-        visible = np.arange(len(self) - m + 1, len(self) + 1, dtype=np.int64)
-        out, certificate = self._attend(q, queries, visible, scale, mask, return_certificate)
+        out, certificate = self._attend(q, queries, None, scale, mask, return_certificate)
         return (out, certificate) if return_certificate else out
 
     def _attend(
         self,
         q: Any,
         queries: arguments.FloatArray,
-        visible: NDArray[np.int64],
+        visible: NDArray[np.int64] | None,
         scale: float | None,
         mask: Any,
         certify: bool,
@@ -206,22 +206,16 @@ class KVCache:
                 f"q must have a multiple of kv_heads = {layer.kv_heads} heads, got {heads}"
             )
         scale = arguments.scale(scale, dim)
-        softmax = isinstance(policy, SoftmaxPolicy)
         found = layer.attend(
             queries.bits,
             int(queries.dtype),
             visible,
-            rule=policy.rule,
-            sketch_tail=_reads_value_codes(policy),
             scale=scale,
-            epsilon=policy.epsilon or policy.tail_epsilon if softmax else 0.5,
-            exact_share=policy.exact_share if softmax else 0.5,
-            top_r=min(policy.top_r or 0, 2**62) if softmax else 0,
-            power=1 if softmax else policy.power,
-            certify=certify and (not softmax or policy.certify),
+            certify=certify and self._settings["certify"],
             with_certificate=certify,
-            thresholds=self._thresholds(queries, scale),
+            thresholds=None if policy.threshold is None else self._thresholds(queries, scale),
             mask=None if mask is None else arguments.key_mask(mask, batch, m, len(self)),
+            **self._settings["rule"],
         )
         out = arguments.like(q, found[0])
         if not certify:
@@ -230,16 +224,30 @@ class KVCache:
         bound = bound + arguments.output_rounding(q, found[0])
         return out, Certificate(bound, estimate, omitted, density, lse, work)
 
-    def _thresholds(self, queries: arguments.FloatArray, scale: float) -> NDArray | None:
+    def _thresholds(self, queries: arguments.FloatArray, scale: float) -> NDArray[np.float64]:
         rule = self.policy.threshold
-        if rule is None:
-            return None
         shape = queries.shape[:3]
         if callable(rule):
             key_rms = self._layer.key_rms()
             group = shape[1] // self._layer.kv_heads
             rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), len(self), scale)
         return arguments.attention_thresholds(rule, shape)
+
+
+def _native_settings(policy: Policy) -> dict[str, Any]:
+    """Return what the native call needs of the policy, once."""
+    softmax = isinstance(policy, SoftmaxPolicy)
+    return {
+        "certify": not softmax or policy.certify,
+        "rule": {
+            "rule": policy.rule,
+            "sketch_tail": _reads_value_codes(policy),
+            "epsilon": (policy.epsilon or policy.tail_epsilon) if softmax else 0.5,
+            "exact_share": policy.exact_share if softmax else 0.5,
+            "top_r": min(policy.top_r or 0, 2**62) if softmax else 0,
+            "power": 1 if softmax else policy.power,
+        },
+    }
 
 
 def _reads_value_codes(policy: Policy) -> bool:

@@ -12,7 +12,7 @@ from hsr_attention import arguments
 from hsr_attention.thresholds import ThresholdRule
 
 TAILS = ("sketch", "drop")
-DEFAULT_EPSILON = 0.02
+DEFAULT_EPSILON = 0.03
 MAX_POWER = 16  # of a ratio <= 1: the powers of a row stay inside float64
 
 # Numbers of the native code's `Rule`.
@@ -26,7 +26,7 @@ class SoftmaxPolicy:
     Attributes
     ----------
     epsilon : float in (0, 1), optional
-        Bound of the omitted share of the softmax mass. The default rule, with 0.02.
+        Bound of the omitted share of the softmax mass. The default rule, with 0.03.
     top_r : int >= 1, optional
         The r keys with the largest logits are read at full precision (paper, Theorem 4.2).
     threshold : float, optional
@@ -95,6 +95,8 @@ class ReLUPolicy:
 
     def __post_init__(self) -> None:
         arguments.bounded_integer("power", self.power, MAX_POWER)
+        if self.threshold is None:
+            raise TypeError("threshold must be a number, an array or a rule, got None")
         if not callable(self.threshold) and np.isneginf(np.asarray(self.threshold)).any():
             raise ValueError("threshold must be above -inf for ReLU attention, got -inf")
 
