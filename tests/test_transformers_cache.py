@@ -11,6 +11,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import hsr_attention as hsr  # noqa: E402
+from hsr_attention import _native  # noqa: E402
+from hsr_attention.integrations import torch_threads  # noqa: E402
 from hsr_attention.integrations.layer import CachedRows, DenseSlidingLayer, HSRLayer  # noqa: E402
 
 pytestmark = pytest.mark.transformers
@@ -227,6 +229,48 @@ def test_certificates_are_computed_only_when_collected():
     cache, _ = filled(40)
     with pytest.raises(ValueError, match="collect=True"):
         cache.statistics()
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Restore the numbers of threads of both sides; nothing is chosen at the start."""
+    ours, torchs = hsr.info()["num_threads"], torch.get_num_threads()
+    monkeypatch.delenv("HSR_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch_threads, "_followed", ours)
+    yield
+    torch.set_num_threads(torchs)
+    hsr.set_num_threads(ours)
+
+
+def test_threads_follow_torch(threads):
+    for count in (3, 1, 2):
+        torch.set_num_threads(count)
+        hsr.HSRCache(config())
+        assert hsr.info()["num_threads"] == count
+
+
+def test_threads_that_were_chosen_stay(threads, monkeypatch):
+    torch.set_num_threads(3)
+    hsr.set_num_threads(5)
+    hsr.HSRCache(config())
+    assert hsr.info()["num_threads"] == 5
+    monkeypatch.setattr(torch_threads, "_followed", 5)
+    monkeypatch.setenv("HSR_NUM_THREADS", "5")
+    hsr.HSRCache(config())
+    assert hsr.info()["num_threads"] == 5
+
+
+def test_sharing_the_threads_of_torch():
+    shared = torch_threads.share_openmp()
+    try:
+        assert hsr.info()["shares_openmp"] == shared
+        ours, _ = filled(300)
+        query = states(1, seed=4)[0].repeat_interleave(2, 1)
+        found = ours.layers[0].attend(query, None, None)
+        _native.set_openmp(0)
+        assert torch.equal(found, ours.layers[0].attend(query, None, None))
+    finally:
+        _native.set_openmp(0)
 
 
 def test_appending_costs_the_same_at_every_length():

@@ -11,14 +11,14 @@ import torch
 
 from hsr_attention import _native
 
-_DEFAULT = _native.num_threads()
-_followed = _DEFAULT
+# Another number than this, or than torch's when last followed, was chosen by the user.
+_followed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def follow_torch() -> None:
     """Use as many threads as torch, unless HSR_NUM_THREADS or ``set_num_threads`` said."""
     global _followed
-    if "HSR_NUM_THREADS" not in os.environ and _native.num_threads() in (_DEFAULT, _followed):
+    if "HSR_NUM_THREADS" not in os.environ and _native.num_threads() == _followed:
         _followed = torch.get_num_threads()
         _native.set_num_threads(_followed)
 
@@ -26,8 +26,9 @@ def follow_torch() -> None:
 def share_openmp() -> bool:
     """Run native loops on torch's own threads, where torch uses GNU OpenMP; say whether they do.
 
-    Two pools on the same cores slow each other down: OpenMP's threads spin for a while after each
-    loop, while ours wait for the core.
+    OpenMP's threads spin for a while after each loop of torch, on cores our own pool would use. On
+    the other hand its loops end when the slowest thread does, so on a machine busy with other work
+    our pool is faster: hence this is a choice. As all of OpenMP, it does not survive ``fork``.
     """
     if (path := _libgomp()) is None:
         return False
