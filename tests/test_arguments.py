@@ -273,6 +273,7 @@ def test_softmax_settings(settings, error, message):
     "settings, error, message",
     [
         (dict(threshold=0.0, power=0), ValueError, "power must be >= 1, got 0"),
+        (dict(threshold=0.0, power=17), ValueError, "power must be <= 16, got 17"),
         (dict(threshold=0.0, power=1.5), TypeError, "power must be an integer, got 1.5"),
         (dict(threshold=np.nan), ValueError, "threshold must not be NaN"),
         (dict(threshold=None), TypeError, "threshold must"),
