@@ -169,8 +169,8 @@ void set_num_threads(int count) {
 void set_openmp(uintptr_t address) { gomp = reinterpret_cast<GompParallel>(address); }
 bool uses_openmp() { return gomp.load() != nullptr; }
 
-void parallel_for(size_t tasks, const std::function<void(size_t)>& body) {
-    const int wanted = int(std::min<size_t>(tasks, size_t(num_threads())));
+void parallel_for(size_t tasks, int threads, const std::function<void(size_t)>& body) {
+    const int wanted = int(std::min<size_t>(tasks, size_t(std::min(threads, num_threads()))));
     Job job(body, tasks, size_t(wanted));
     if (wanted <= 1) {
         job.work();

@@ -19,6 +19,10 @@ bool uses_openmp();
 
 // Calls body(task) for every task in [0, tasks). The first exception thrown by a task is thrown again here,
 // after all tasks have ended.
-void parallel_for(size_t tasks, const std::function<void(size_t task)>& body);
+// At most `threads` threads take part.
+void parallel_for(size_t tasks, int threads, const std::function<void(size_t task)>& body);
+inline void parallel_for(size_t tasks, const std::function<void(size_t task)>& body) {
+    parallel_for(tasks, num_threads(), body);
+}
 
 }  // namespace hsr

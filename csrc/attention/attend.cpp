@@ -146,7 +146,8 @@ private:
             tiles_[t].stride = stride;
             for (int q = 0; q < tiles_[t].count; ++q) queries_of_wave_.push_back({t, q});
         }
-        parallel_for(queries_of_wave_.size(), [&](size_t i) {
+        // A dozen queries are prepared before a second thread would be awake.
+        parallel_for(queries_of_wave_.size(), queries_of_wave_.size() < 16 ? 1 : num_threads(), [&](size_t i) {
             prepare(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second);
         });
         for (Tile& tile : tiles_) tile.scan = kind_of_scan(tile, cache_.key_sketch(store_head(tile)));

@@ -32,7 +32,10 @@ void LayerCache::append(const TokenArray& keys, const TokenArray& values) {
         throw;
     }
     appended_ += size_t(keys.tokens);
-    parallel_for(size_t(batch_ * kv_heads_), [&](size_t head) {
+    // For the few tokens of decoding, other threads would take longer to wake than the work takes.
+    const size_t heads = size_t(batch_ * kv_heads_);
+    const bool small = size_t(keys.tokens) * heads * size_t(key_dim() + value_dim()) < (1u << 17);
+    parallel_for(heads, small ? 1 : num_threads(), [&](size_t head) {
         float row[kMaxHeadDim];
         for (size_t t = first; t < size(); ++t) {
             kernels().to_float(dtype(), keys_.row(t, int(head)), row, size_t(key_dim()));

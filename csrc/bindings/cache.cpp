@@ -1,4 +1,5 @@
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 
 #include <limits>
 
@@ -18,11 +19,13 @@ using VectorIds = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::devi
 using Thresholds = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Mask = nb::ndarray<const uint8_t, nb::ndim<3>, nb::device::cpu>;
 
-void append(LayerCache& self, const AnyArray& keys, const AnyArray& values) {
+// The names are those the caller knows the arrays by, for messages.
+void append(LayerCache& self, const AnyArray& keys, const AnyArray& values, const std::string& keys_name,
+            const std::string& values_name) {
     const TokenArray k = token_array(keys, int(self.dtype())), v = token_array(values, int(self.dtype()));
     nb::gil_scoped_release release;
-    require_finite("keys", k);
-    require_finite("values", v, kValueLimit);
+    require_finite(keys_name.c_str(), k);
+    require_finite(values_name.c_str(), v, kValueLimit);
     self.append(k, v);
 }
 
@@ -59,7 +62,7 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
     AttendWork work;
     {
         nb::gil_scoped_release release;
-        require_finite("queries", call.queries);
+        require_finite("q", call.queries);
         const AttendResult result{out.data(), bound.data(), estimate.data(), omitted.data(), density.data(), lse.data()};
         work = attend(self, settings, call, result);
     }
@@ -110,7 +113,7 @@ void init_cache(nb::module_& m) {
         .def_prop_ro("row_nbytes", &LayerCache::row_nbytes)
         .def_prop_ro("code_nbytes", &LayerCache::code_nbytes)
         .def("__len__", &LayerCache::size)
-        .def("append", &append, "keys"_a, "values"_a)
+        .def("append", &append, "keys"_a, "values"_a, "keys_name"_a, "values_name"_a)
         .def("crop", &LayerCache::crop, "size"_a)
         .def("reorder",
              [](LayerCache& self, const VectorIds& sources) {

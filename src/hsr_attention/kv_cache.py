@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from hsr_attention import _native, arguments
 from hsr_attention.attention.certificate import Certificate
@@ -83,18 +83,23 @@ class KVCache:
             If shapes disagree with each other or with what is cached, or a number is not finite; the
             cache is then unchanged.
         """
-        k, v = arguments.heads("keys", keys), arguments.heads("values", values)
+        self._append(keys, values, "keys", "values")
+
+    def _append(self, keys: Any, values: Any, keys_name: str, values_name: str) -> None:
+        k, v = arguments.heads(keys_name, keys), arguments.heads(values_name, values)
         if k.shape[:3] != v.shape[:3]:
             raise ValueError(
-                f"values must have [batch, kv_heads, tokens] = {k.shape[:3]} like keys, "
-                f"got {v.shape[:3]}"
+                f"{values_name} must have [batch, kv_heads, tokens] = {k.shape[:3]} like "
+                f"{keys_name}, got {v.shape[:3]}"
             )
         if v.dtype is not k.dtype:
-            raise TypeError(f"values must be {k.dtype.name} like keys, got {v.dtype.name}")
+            raise TypeError(
+                f"{values_name} must be {k.dtype.name} like {keys_name}, got {v.dtype.name}"
+            )
         layer = self._layer
         if layer is None:
             if 0 in k.shape[:2]:
-                raise ValueError(f"keys must have batch and kv_heads >= 1, got {k.shape}")
+                raise ValueError(f"{keys_name} must have batch and kv_heads >= 1, got {k.shape}")
             layer = _native.LayerCache(
                 k.shape[0],
                 k.shape[1],
@@ -114,7 +119,7 @@ class KVCache:
             if int(k.dtype) != layer.dtype:
                 name = arguments.Dtype(layer.dtype).name
                 raise TypeError(f"keys must be {name} like the cache, got {k.dtype.name}")
-        layer.append(k.bits, v.bits)
+        layer.append(k.bits, v.bits, keys_name, values_name)
         self._layer = layer
 
     def crop(self, n: int) -> None:
@@ -126,7 +131,7 @@ class KVCache:
         if self._layer is not None and n < len(self):
             self._layer.crop(int(n))
 
-    def reorder(self, batch_indices: ArrayLike) -> None:
+    def reorder(self, batch_indices: Any) -> None:
         """Make row i the former row ``batch_indices[i]``: permute, repeat or select batch rows."""
         if self._layer is None:
             return

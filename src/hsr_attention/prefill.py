@@ -21,7 +21,7 @@ def attend_once(
     is_causal: bool,
     mask: Any,
     certify: bool,
-) -> tuple[Any, Certificate]:
+) -> tuple[Any, Certificate | None]:
     """Index the keys, answer all queries, forget the index.
 
     Causal queries see a prefix of the keys: the report of query i is cut at position i, which costs
@@ -30,6 +30,6 @@ def attend_once(
     queries, keys = arguments.heads("q", q), arguments.heads("k", k)
     m, n = queries.shape[2], keys.shape[2]
     cache = KVCache(policy)
-    cache.append(k, v)
+    cache._append(k, v, "k", "v")
     visible = np.minimum(np.arange(1, m + 1), n) if is_causal else np.full(m, n)
     return cache._attend(q, queries, visible.astype(np.int64), scale, mask, certify)

@@ -90,7 +90,7 @@ class NativeIndex:
     def top_r(self, queries: Any, r: int) -> Report:
         """Report the r largest scores of each query; ties go to the smaller id, rows ascend by id."""
         checked = arguments.matrix("queries", queries, self.head_dim)
-        r = arguments.positive_integer("r", r)
+        r = min(arguments.positive_integer("r", r), max(len(self), 1))
         return _report(self._index.top_r(checked.bits, int(checked.dtype), r))
 
 
