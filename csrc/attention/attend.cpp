@@ -19,7 +19,7 @@ constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of 
 constexpr size_t kChunkBlocks = 128;             // 2,048 keys: their estimates fit the first cache
 constexpr size_t kChunkKeys = kChunkBlocks * kBlock;
 constexpr size_t kWorkspaceFloats = 4u << 20;    // estimates alive at once: 16 MiB
-constexpr size_t kSampleBlocks = 96;             // read to guess where epsilon of the mass is reached
+constexpr size_t kSampleBlocks = 64;             // read to guess where epsilon of the mass is reached
 
 // A band of 4-bit estimates above this many nats decides little: scan both planes at once.
 constexpr double kWideBand = 6.0;

@@ -314,23 +314,23 @@ void bounds(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, con
 // ------------------------------------------------------------------ both planes
 
 template <int Count>
-inline void refine_block(const uint8_t* high, const uint8_t* low, int dim, const CodedQuery* queries,
-                         f32x16* refined) {
+inline void refine_block(const uint8_t* high, const uint8_t* low, int dim,
+                         const CodedQuery* const* queries, f32x16* refined) {
     const int pairs = (dim + 7) / 8;
     i32x16 first[Count] = {}, second[Count] = {};
     for (int p = 0; p < pairs; ++p) {
         const u8x64 h = load<u8x64>(high + p * 64), l = load<u8x64>(low + p * 64);
         const u8x64 even = join_low_nibbles(h, l), odd = join_high_nibbles(h, l);
         for (int q = 0; q < Count; ++q) {
-            first[q] = dot4_byte(first[q], even, four_digits(queries[q].high + 8 * p));
-            second[q] = dot4_byte(second[q], even, four_digits(queries[q].low + 8 * p));
-            first[q] = dot4_byte(first[q], odd, four_digits(queries[q].high + 8 * p + 4));
-            second[q] = dot4_byte(second[q], odd, four_digits(queries[q].low + 8 * p + 4));
+            first[q] = dot4_byte(first[q], even, four_digits(queries[q]->high + 8 * p));
+            second[q] = dot4_byte(second[q], even, four_digits(queries[q]->low + 8 * p));
+            first[q] = dot4_byte(first[q], odd, four_digits(queries[q]->high + 8 * p + 4));
+            second[q] = dot4_byte(second[q], odd, four_digits(queries[q]->low + 8 * p + 4));
         }
     }
     const f32x16 step = from_bfloat16(load<u16x16>(high + size_t(pairs) * 64));
     for (int q = 0; q < Count; ++q) {
-        const CodedQuery& query = queries[q];
+        const CodedQuery& query = *queries[q];
         const f32x16 coarse = to_float16lanes(first[q]) - 127.5f * query.high_sum;
         const f32x16 fine = to_float16lanes(second[q]) - 127.5f * query.low_sum;
         refined[q] = step * (query.unit * (coarse + fine * (1.0f / 254.0f))) + query.centre;
@@ -342,9 +342,13 @@ inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t
                         const CodedQuery* queries, float* estimates, size_t stride, float* maxima) {
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     f32x16 top[Count], refined[Count];
-    for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
+    const CodedQuery* every[Count];
+    for (int q = 0; q < Count; ++q) {
+        top[q] = splat(maxima[q]);
+        every[q] = queries + q;
+    }
     for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
-        refine_block<Count>(high, low, dim, queries, refined);
+        refine_block<Count>(high, low, dim, every, refined);
         for (int q = 0; q < Count; ++q) {
             top[q] = max_of(top[q], refined[q]);
             store(estimates + q * stride + block * 16, refined[q]);
@@ -412,26 +416,41 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
             __builtin_prefetch(low + flagged[f + kAhead] * (bytes + 32) + line);
         }
         const f32x16 step = from_bfloat16(load<u16x16>(h + bytes));
-        f32x16 estimate[Count], weight[Count];
-        refine_block<Count>(h, l, dim, queries, estimate);
+        // Only the queries that are in doubt here.
+        int active[Count], active_count = 0;
+        const CodedQuery* asking[Count];
+        f32x16 refined[Count], weight[Count];
+        for (int q = 0; q < Count; ++q) {
+            weight[q] = f32x16{};
+            active[active_count] = q;
+            asking[active_count] = queries + q;
+            active_count += doubts[block][q] != 0;
+        }
+        switch (active_count) {
+            case 1: refine_block<1>(h, l, dim, asking, refined); break;
+            case 2: refine_block<(Count < 2 ? Count : 2)>(h, l, dim, asking, refined); break;
+            case 3: refine_block<(Count < 3 ? Count : 3)>(h, l, dim, asking, refined); break;
+            default: refine_block<Count>(h, l, dim, asking, refined);
+        }
         const f32x16 residual8 = from_bfloat16(load<u16x16>(l + bytes));
         const uint32_t uncoded = mask_ge(residual8, splat(kInfinity));
         const i32x16 key = lane + int32_t(first_key + block * 16);
         uint32_t coded_any = 0;
-        for (int q = 0; q < Count; ++q) {
+        for (int i = 0; i < active_count; ++i) {
+            const int q = active[i];
             const CodedQuery& query = queries[q];
+            const f32x16 estimate = refined[i];
             const uint32_t seen = doubts[block][q];
             const f32x16 band =
                 query.slope8 * residual8 + query.slope8_step * step + query.slack;
-            const f32x16 decisive = selection[q].keep_upper ? estimate[q] + band : estimate[q];
+            const f32x16 decisive = selection[q].keep_upper ? estimate + band : estimate;
             const uint32_t keep =
                 seen & (mask_ge(decisive, splat(selection[q].threshold)) | uncoded);
             const uint32_t exact =
                 keep & (mask_ge(decisive, splat(selection[q].exact_from)) | uncoded);
             const uint32_t left = seen & ~keep, coded = keep & ~exact;
-            weight[q] = f32x16{};
             if (coded | (Wanted != Sums::none ? left : 0)) {
-                const f32x16 every = exp_of(estimate[q] - selection[q].reference);
+                const f32x16 every = exp_of(estimate - selection[q].reference);
                 weight[q] = keep_lanes(coded, every);
                 sketched[q] += weight[q];
                 if (Wanted != Sums::none) {

@@ -54,7 +54,8 @@ class FloatArray:
 
 def is_torch(array: Any) -> bool:
     """Say whether ``array`` is a torch tensor, without importing torch."""
-    return type(array).__module__.partition(".")[0] == "torch" and hasattr(array, "data_ptr")
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
 
 
 def float_array(name: str, array: Any) -> FloatArray:
@@ -85,17 +86,21 @@ def float_array(name: str, array: Any) -> FloatArray:
 
 
 def _from_torch(name: str, tensor: Any) -> FloatArray:
+    torch = sys.modules["torch"]  # a tensor came in, so torch is loaded
     if tensor.device.type != "cpu":
         raise TypeError(f"{name} must be on the CPU, got a tensor on {tensor.device}")
-    kind = str(tensor.dtype).removeprefix("torch.")
-    tensor = tensor.detach()
-    if kind == "float64":
-        tensor, kind = tensor.float(), "float32"
-    if kind == "float32":
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    dtype = tensor.dtype
+    if dtype is torch.float32:
         return FloatArray(tensor.numpy(), Dtype.float32)
-    if kind in ("float16", "bfloat16"):
-        bits = tensor.view(sys.modules["torch"].int16)  # a tensor came in, so torch is loaded
-        return FloatArray(bits.numpy().view(np.uint16), Dtype[kind])
+    if dtype is torch.bfloat16:
+        return FloatArray(tensor.view(torch.int16).numpy().view(np.uint16), Dtype.bfloat16)
+    if dtype is torch.float16:
+        return FloatArray(tensor.view(torch.int16).numpy().view(np.uint16), Dtype.float16)
+    if dtype is torch.float64:
+        return FloatArray(tensor.float().numpy(), Dtype.float32)
+    kind = str(dtype).removeprefix("torch.")
     raise TypeError(f"{name} must be float32, bfloat16 or float16, got {kind}")
 
 
