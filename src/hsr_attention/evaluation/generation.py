@@ -149,7 +149,7 @@ def time_by_position(
     token: int,
     positions: Iterable[int],
     static: bool = False,
-    repeats: int = 5,
+    repeats: int = 3,
 ) -> dict[int, float]:
     """Return the median time of a token behind each number of cached ones; shortens the cache.
 
