@@ -16,8 +16,9 @@ _followed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") els
 
 
 def follow_torch() -> None:
-    """Use as many threads as torch, unless HSR_NUM_THREADS or ``set_num_threads`` said."""
+    """Run on torch's threads, and on as many, unless HSR_NUM_THREADS or ``set_num_threads`` said."""
     global _followed
+    share_openmp()
     if "HSR_NUM_THREADS" not in os.environ and _native.num_threads() == _followed:
         _followed = torch.get_num_threads()
         _native.set_num_threads(_followed)
@@ -26,9 +27,10 @@ def follow_torch() -> None:
 def share_openmp() -> bool:
     """Run native loops on torch's own threads, where torch uses GNU OpenMP; say whether they do.
 
-    OpenMP's threads spin for a while after each loop of torch, on cores our own pool would use. On
-    the other hand its loops end when the slowest thread does, so on a machine busy with other work
-    our pool is faster: hence this is a choice. As all of OpenMP, it does not survive ``fork``.
+    OpenMP's threads spin for a while after each loop of torch, on the cores our own pool would use: a
+    decode step beside them takes a sixth longer. On a machine busy with other work our own pool may
+    be faster; ``hsr_attention._native.set_openmp(0)`` returns to it. As torch itself, loops on OpenMP
+    do not survive ``fork``.
     """
     if (path := _libgomp()) is None:
         return False
