@@ -226,12 +226,16 @@ def test_logits_of_any_size(isa):
 
 
 def test_largest_values(isa):
-    """Values near the documented limit of 1e37 do not overflow on the way to their mean."""
+    """Values near the documented limit of 1e18 do not overflow on the way to their mean."""
     case = make("random", 8, n=200)
-    v = (np.sign(case.v) * 9e36).astype(np.float32)
+    v = (np.sign(case.v) * 9.9e17).astype(np.float32)
     for policy in ("default", "epsilon, drop", "exact"):
         check(Case(case.q, case.k, v), POLICIES[policy])
         check(Case(case.q, case.k, np.abs(v)), POLICIES[policy])
+    with pytest.raises(
+        ValueError, match=r"(v|values) must be at most 1e18 in size, got .* at \(0, 0, 0, 0\)"
+    ):
+        attend(Case(case.q, case.k, np.abs(v) * 2), {})
 
 
 def test_bounds_are_worth_having(isa):
