@@ -29,8 +29,7 @@ int threads_from_environment() {
     char* end = nullptr;
     const long count = std::strtol(text, &end, 10);
     if (*end || count < 1 || count > 1024)
-        throw std::invalid_argument(std::string("HSR_NUM_THREADS must be an integer in [1, 1024], got '") +
-                                    text + "'");
+        throw std::invalid_argument(std::string("HSR_NUM_THREADS must be an integer in [1, 1024], got '") + text + "'");
     return int(count);
 }
 

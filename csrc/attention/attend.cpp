@@ -18,8 +18,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
 constexpr size_t kChunkBlocks = 128;             // 2,048 keys: their estimates fit the first cache
 constexpr size_t kChunkKeys = kChunkBlocks * kBlock;
-constexpr size_t kWorkspaceFloats = 4u << 20;    // estimates alive at once: 16 MiB
-constexpr size_t kSampleBlocks = 64;             // read to guess where epsilon of the mass is reached
+constexpr size_t kWorkspaceFloats = 4u << 20;  // estimates alive at once: 16 MiB
+constexpr size_t kSampleBlocks = 64;           // read to guess where epsilon of the mass is reached
 
 // A band of 4-bit estimates above this many nats decides little: scan both planes at once.
 constexpr double kWideBand = 6.0;
@@ -45,9 +45,9 @@ struct Candidate {
 // Up to four queries of one batch row that share a key head, on their way through the stages.
 struct Tile {
     int row, kv_head, count;
-    int64_t query[kTile];   // position i in [0, m)
-    int head[kTile];        // query head
-    size_t place[kTile];    // index into the results
+    int64_t query[kTile];  // position i in [0, m)
+    int head[kTile];       // query head
+    size_t place[kTile];   // index into the results
     int64_t visible[kTile], seen[kTile];
     double norm[kTile], float_slack[kTile], reference[kTile], mass[kTile];
     double lowering[kTile];   // by how much the threshold is lowered when too much was omitted
@@ -57,7 +57,7 @@ struct Tile {
     float vector[kTile][kMaxHeadDim];
     Scan scan;
     size_t blocks, chunks;  // coded blocks any of the queries may see
-    float* uppers;  // upper bounds of the logits of coded keys, [count] rows of `stride`
+    float* uppers;          // upper bounds of the logits of coded keys, [count] rows of `stride`
     size_t stride;
     Selection selection[kTile];
     double tail_logit[kTile][kBlock];  // keys behind the coded blocks; -inf: not seen
@@ -91,9 +91,14 @@ class Attend {
 public:
     Attend(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries,
            const AttendResult& result)
-        : cache_(cache), settings_(settings), queries_(queries), result_(result),
-          m_(queries.queries.tokens), heads_(int(queries.queries.heads)),
-          group_(heads_ / cache.kv_heads()), groups_(value_groups(cache.value_dim())) {}
+        : cache_(cache),
+          settings_(settings),
+          queries_(queries),
+          result_(result),
+          m_(queries.queries.tokens),
+          heads_(int(queries.queries.heads)),
+          group_(heads_ / cache.kv_heads()),
+          groups_(value_groups(cache.value_dim())) {}
 
     AttendWork run() {
         const size_t per_head = size_t(m_) * size_t(group_);
@@ -112,15 +117,11 @@ public:
 private:
     bool relu() const { return settings_.rule == Rule::relu; }
     // Selection by full-precision logits: the result is exactly the paper's.
-    bool exact_rule() const {
-        return relu() || (!settings_.sketch_tail && settings_.rule != Rule::epsilon);
-    }
+    bool exact_rule() const { return relu() || (!settings_.sketch_tail && settings_.rule != Rule::epsilon); }
     // Candidates of all chunks are needed before the r largest are known.
     bool collects() const { return settings_.rule == Rule::top_r && !settings_.sketch_tail; }
     bool reads_value_codes() const { return !relu() && settings_.sketch_tail; }
-    bool certify() const {
-        return !relu() && (settings_.certify || settings_.rule == Rule::epsilon);
-    }
+    bool certify() const { return !relu() && (settings_.certify || settings_.rule == Rule::epsilon); }
 
     const uint8_t* mask_row(const Tile& tile, int q) const {
         if (!queries_.mask) return nullptr;
@@ -129,7 +130,8 @@ private:
     int store_head(const Tile& tile) const { return tile.row * cache_.kv_heads() + tile.kv_head; }
     double logit(const Tile& tile, int q, size_t key) const {
         const void* row = cache_.keys().row(key, store_head(tile));
-        if (exact_rule()) return settings_.scale * kernels().dot64(cache_.dtype(), row, tile.vector[q], cache_.key_dim());
+        if (exact_rule())
+            return settings_.scale * kernels().dot64(cache_.dtype(), row, tile.vector[q], cache_.key_dim());
         return settings_.scale * double(kernels().dot(cache_.dtype(), row, tile.vector[q], cache_.key_dim()));
     }
 
@@ -147,9 +149,8 @@ private:
             for (int q = 0; q < tiles_[t].count; ++q) queries_of_wave_.push_back({t, q});
         }
         // A dozen queries are prepared before a second thread would be awake.
-        parallel_for(queries_of_wave_.size(), queries_of_wave_.size() < 16 ? 1 : num_threads(), [&](size_t i) {
-            prepare(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second);
-        });
+        parallel_for(queries_of_wave_.size(), queries_of_wave_.size() < 16 ? 1 : num_threads(),
+                     [&](size_t i) { prepare(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second); });
         for (Tile& tile : tiles_) tile.scan = kind_of_scan(tile, cache_.key_sketch(store_head(tile)));
         chunks_of_wave_.clear();
         for (size_t t = 0; t < count; ++t) {
@@ -161,7 +162,8 @@ private:
         space.chunk_mass.resize(pieces * kTile);
         space.chunk_top.resize(pieces * kTile);
         space.accumulators.resize(pieces * kTile * size_t(groups_) * kValueGroup);
-        for (auto* sums : {&space.offsets, &space.steps, &space.squares}) sums->resize(pieces * kTile * size_t(groups_));
+        for (auto* sums : {&space.offsets, &space.steps, &space.squares})
+            sums->resize(pieces * kTile * size_t(groups_));
     }
 
     void place_tile(Tile& tile, size_t index, size_t tiles_per_head) const {
@@ -173,7 +175,8 @@ private:
         for (int q = 0; q < tile.count; ++q) {
             tile.query[q] = int64_t((from + size_t(q)) / size_t(group_));
             tile.head[q] = tile.kv_head * group_ + int((from + size_t(q)) % size_t(group_));
-            tile.place[q] = (size_t(tile.row) * size_t(heads_) + size_t(tile.head[q])) * size_t(m_) + size_t(tile.query[q]);
+            tile.place[q] =
+                (size_t(tile.row) * size_t(heads_) + size_t(tile.head[q])) * size_t(m_) + size_t(tile.query[q]);
             tile.visible[q] = std::clamp<int64_t>(queries_.visible[tile.query[q]], 0, int64_t(cache_.size()));
             farthest = std::max(farthest, tile.visible[q]);
         }
@@ -189,7 +192,8 @@ private:
         if (mask) tile.seen[q] = tile.visible[q] - std::count(mask, mask + tile.visible[q], uint8_t(0));
         queries_.queries.read(tile.row, tile.head[q], tile.query[q], tile.vector[q]);
         tile.norm[q] = norm_of(tile.vector[q], cache_.key_dim());
-        const double top_logit = settings_.scale * tile.norm[q] * (longest + sketch.largest_norm() + sketch.centre_norm());
+        const double top_logit =
+            settings_.scale * tile.norm[q] * (longest + sketch.largest_norm() + sketch.centre_norm());
         if (!(top_logit < 1e30))
             throw std::invalid_argument("scale * |q| * |k| must be below 1e30, got " + std::to_string(top_logit));
         tile.prepared[q].prepare(sketch, tile.vector[q], tile.norm[q], settings_.scale, true);
@@ -254,8 +258,9 @@ private:
             const int64_t scored = int64_t(tile.blocks * kBlock) * tile.count;
             (tile.scan == Scan::full ? work_.full_scored : work_.sketch_scored) += scored;
             if (tile.scan == Scan::eight) work_.refined += scored;
-            ++(tile.scan == Scan::four ? work_.scanned_four
-               : tile.scan == Scan::eight ? work_.scanned_eight : work_.scanned_full);
+            ++(tile.scan == Scan::four    ? work_.scanned_four
+               : tile.scan == Scan::eight ? work_.scanned_eight
+                                          : work_.scanned_full);
             for (size_t c = 0; c < tile.chunks; ++c) {
                 const Partial& part = space_->partials[tile.partial_at + c];
                 if (tile.scan == Scan::four) work_.refined += part.refined * kBlock * tile.count;
@@ -281,12 +286,13 @@ private:
             return;
         }
         if (tile.scan == Scan::four && !hides(tile, first * kBlock, count * kBlock)) {
-            kernels().scan_mass(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride,
-                                unused, masses);
+            kernels().scan_mass(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates,
+                                tile.stride, unused, masses);
             std::copy(unused, unused + tile.count, tops);
             return;
         }
-        kernels().scan(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride, unused);
+        kernels().scan(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride,
+                       unused);
         if (tile.scan == Scan::eight)
             kernels().refine(sketch.high(first), sketch.low(first), cache_.key_dim(), count, tile.coded, tile.count,
                              estimates, tile.stride, unused);
@@ -346,7 +352,8 @@ private:
 
     void choose(Tile& tile, int q) {
         double top = -double(kInf);
-        for (size_t c = 0; c < tile.chunks; ++c) top = std::max(top, space_->chunk_top[(tile.partial_at + c) * kTile + size_t(q)]);
+        for (size_t c = 0; c < tile.chunks; ++c)
+            top = std::max(top, space_->chunk_top[(tile.partial_at + c) * kTile + size_t(q)]);
         for (double s : tile.tail_logit[q]) top = std::max(top, s);
         if (top == -double(kInf)) top = 0;
         double mass = 0;
@@ -373,15 +380,18 @@ private:
             case Rule::relu: selection.exact_from = selection.threshold = below(tile.threshold[q]); break;
             case Rule::threshold:
                 selection.exact_from = below(tile.threshold[q]);
-                selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
+                selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q))
+                                                            : selection.exact_from;
                 break;
             case Rule::top_r:
                 selection.exact_from = top_r_threshold(tile, q);
-                selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
+                selection.threshold = settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q))
+                                                            : selection.exact_from;
                 break;
             case Rule::epsilon:
                 selection.threshold = tail_threshold(tile, q);
-                selection.exact_from = settings_.sketch_tail ? float(log_mass + std::log(settings_.exact_share)) : -kInf;
+                selection.exact_from =
+                    settings_.sketch_tail ? float(log_mass + std::log(settings_.exact_share)) : -kInf;
                 break;
         }
     }
@@ -414,16 +424,18 @@ private:
         const auto omits_too_much = [&](float threshold) {
             return kernels().mass_below(estimates, uppers, weights, upper_weights, count, threshold) > allowed;
         };
-        const float least = reference - 80.0f;
+        // Nothing below 80 nats matters; at large logits, where floats stand further apart, go by relative steps.
+        const float grain = std::fabs(reference) * 1e-5f;
+        const float least = reference - 80.0f - grain;
         float high = reference + float(std::log(settings_.epsilon * std::max(tile.mass[q], 1e-300)));
         high = std::clamp(high, least, reference);
-        float low = high - 8.0f;
+        float low = high - 8.0f - grain;
         while (low > least && omits_too_much(low)) {
             high = low;
-            low -= 16.0f;
+            low -= 16.0f + grain;
         }
         if (low <= least) return -kInf;
-        while (high - low > 0.02f) {
+        for (int i = 0; i < 12 && high - low > 0.02f; ++i) {
             const float middle = 0.5f * (low + high);
             (omits_too_much(middle) ? high : low) = middle;
         }
@@ -431,7 +443,8 @@ private:
     }
 
     // out = upper bound + sign * band: sign -1 gives the estimates, -2 the lower bounds.
-    void away_from_upper(const Tile& tile, int q, size_t block, size_t count, float sign, const float* uppers, float* out) const {
+    void away_from_upper(const Tile& tile, int q, size_t block, size_t count, float sign, const float* uppers,
+                         float* out) const {
         if (tile.scan == Scan::full) {
             for (size_t i = 0; i < count * kBlock; ++i) out[i] = uppers[i] + sign * full_band(tile, q, uppers[i]);
             return;
@@ -598,7 +611,8 @@ private:
             }
         }
         part.exact_mass[q] += weight;
-        kernels().axpy(cache_.dtype(), cache_.values().row(key, store_head(tile)), float(weight), cache_.value_dim(), accumulator);
+        kernels().axpy(cache_.dtype(), cache_.values().row(key, store_head(tile)), float(weight), cache_.value_dim(),
+                       accumulator);
     }
 
     // ---- stage 4: the answer of each query; false asks for another selection
@@ -616,12 +630,14 @@ private:
         double steps[kMaxHeadDim / kValueGroup] = {}, squares[kMaxHeadDim / kValueGroup] = {};
         std::fill(sum, sum + width, 0.0f);
         Partial total{};
-        for (size_t c = 0; c < tile.chunks; ++c) total.relu_top[0] = std::max(total.relu_top[0], space_->partials[tile.partial_at + c].relu_top[q]);
+        for (size_t c = 0; c < tile.chunks; ++c)
+            total.relu_top[0] = std::max(total.relu_top[0], space_->partials[tile.partial_at + c].relu_top[q]);
         for (size_t c = 0; c < tile.chunks; ++c) {
             const size_t piece = tile.partial_at + c;
             const Partial& part = space_->partials[piece];
             // Chunks of ReLU weights are relative to their own largest.
-            const double factor = relu() && part.relu_top[q] < total.relu_top[0] ? power_of(part.relu_top[q] / total.relu_top[0]) : 1.0;
+            const double factor =
+                relu() && part.relu_top[q] < total.relu_top[0] ? power_of(part.relu_top[q] / total.relu_top[0]) : 1.0;
             total.exact_mass[0] += part.exact_mass[q] * factor;
             total.sketched[0] += part.sketched[q];
             total.weight_band[0] += part.weight_band[q];
@@ -653,8 +669,8 @@ private:
         const double exact_mass = total.exact_mass[0] + tail.exact_mass[q];
         const double mass = exact_mass + total.sketched[0];
         // Keys whose weight underflowed (below exp(-87) of the reference) count exp(-87) each.
-        const double omitted = (total.omitted[0] + tail.omitted[q]) * 1.0001 +
-                               (certify() ? double(tile.seen[q]) * 1.7e-38 : 0.0);
+        const double omitted =
+            (total.omitted[0] + tail.omitted[q]) * 1.0001 + (certify() ? double(tile.seen[q]) * 1.7e-38 : 0.0);
         // exp(-band) >= 1 - band
         const double surely = exact_mass * std::max(0.0, 1 - tile.float_slack[q]) +
                               std::max(0.0, total.sketched[0] * 0.9999 - total.weight_band[0] * 1.0001);
@@ -663,7 +679,8 @@ private:
             Selection& selection = tile.selection[q];
             const double next = selection.threshold - tile.lowering[q];
             tile.lowering[q] *= 2;
-            selection.threshold = next < tile.reference[q] - 80.0 - 1e-5 * std::fabs(tile.reference[q]) ? -kInf : float(next);
+            selection.threshold =
+                next < tile.reference[q] - 80.0 - 1e-5 * std::fabs(tile.reference[q]) ? -kInf : float(next);
             return false;
         }
         const size_t place = tile.place[q];
@@ -682,7 +699,8 @@ private:
             return true;
         }
         for (int i = 0; i < dim; ++i) out[i] = float(sum[i] / mass);
-        result_.lse[place] = float(std::log(mass) + (relu() ? settings_.power * std::log(tail.relu_top[q]) : tile.reference[q]));
+        result_.lse[place] =
+            float(std::log(mass) + (relu() ? settings_.power * std::log(tail.relu_top[q]) : tile.reference[q]));
         if (!settings_.certify) {
             result_.error_bound[place] = result_.estimated_error[place] = result_.omitted_mass[place] = std::nanf("");
             return true;
@@ -700,7 +718,8 @@ private:
         const ValueSketch& values = cache_.value_sketch(store_head(tile));
         double worst = 0;
         for (int i = 0; i < cache_.value_dim(); ++i)
-            worst = std::max({worst, double(values.most()[size_t(i)]) - out[i], double(out[i]) - values.least()[size_t(i)]});
+            worst = std::max(
+                {worst, double(values.most()[size_t(i)]) - out[i], double(out[i]) - values.least()[size_t(i)]});
         return up(worst);
     }
 
@@ -726,11 +745,13 @@ private:
         }
         // Float32 sums of `kept` terms, each no larger than its weight times the largest value: a chain has
         // at most as many additions as a chunk has keys, and one for each chunk.
-        const double rounding = kUnit * (double(std::min<int64_t>(kept, int64_t(kChunkKeys))) + double(tile.chunks) + 32.0) * largest;
+        const double rounding =
+            kUnit * (double(std::min<int64_t>(kept, int64_t(kChunkKeys))) + double(tile.chunks) + 32.0) * largest;
         result_.error_bound[place] = up(bound + rounding);
-        result_.estimated_error[place] =
-            float(std::sqrt((variance + total.weight_var[0] * spread * spread) * 2.0 * std::log(2.0 * cache_.value_dim())) / mass +
-                  omitted / mass * spread + kUnit * 16 * largest);
+        result_.estimated_error[place] = float(
+            std::sqrt((variance + total.weight_var[0] * spread * spread) * 2.0 * std::log(2.0 * cache_.value_dim())) /
+                mass +
+            omitted / mass * spread + kUnit * 16 * largest);
     }
 
     // Rule top_r without a tail: of the candidates and the uncoded keys, the r largest logits, exactly.
@@ -741,7 +762,8 @@ private:
             all.insert(all.end(), own.begin(), own.end());
         }
         for (size_t i = 0; i < kBlock; ++i)
-            if (tile.tail_logit[q][i] != -double(kInf)) all.push_back({uint32_t(cache_.coded() + i), tile.tail_logit[q][i]});
+            if (tile.tail_logit[q][i] != -double(kInf))
+                all.push_back({uint32_t(cache_.coded() + i), tile.tail_logit[q][i]});
         const size_t r = std::min(size_t(settings_.top_r), all.size());
         std::nth_element(all.begin(), all.begin() + int64_t(r), all.end(), [](const Candidate& a, const Candidate& b) {
             return a.logit > b.logit || (a.logit == b.logit && a.key < b.key);

@@ -12,20 +12,20 @@ enum class Rule : int { epsilon = 0, threshold = 1, top_r = 2, relu = 3 };
 
 struct AttendSettings {
     Rule rule = Rule::epsilon;
-    bool sketch_tail = true;     // false: what is not reported is dropped, what is kept is exact
+    bool sketch_tail = true;  // false: what is not reported is dropped, what is kept is exact
     double scale = 1.0;
-    double epsilon = 0.01;       // bound of the omitted share of the mass (rule epsilon, and any sketched tail)
-    double exact_share = 1e-3;   // rule epsilon: keys above this share of the mass are read exactly
+    double epsilon = 0.01;      // bound of the omitted share of the mass (rule epsilon, and any sketched tail)
+    double exact_share = 1e-3;  // rule epsilon: keys above this share of the mass are read exactly
     int64_t top_r = 0;
-    int power = 1;               // ReLU^power
-    bool certify = true;         // false: error_bound and omitted_mass are not computed (left NaN)
+    int power = 1;        // ReLU^power
+    bool certify = true;  // false: error_bound and omitted_mass are not computed (left NaN)
 };
 
 struct AttendQueries {
-    TokenArray queries;          // [batch, query heads, m, key_dim]
-    const int64_t* visible;      // [m]: query i sees keys [0, visible[i])
-    const double* thresholds;    // [batch * query heads * m] in logit units, or null
-    const uint8_t* mask;         // nonzero: may be seen; [batch][m][n] by strides, or null
+    TokenArray queries;        // [batch, query heads, m, key_dim]
+    const int64_t* visible;    // [m]: query i sees keys [0, visible[i])
+    const double* thresholds;  // [batch * query heads * m] in logit units, or null
+    const uint8_t* mask;       // nonzero: may be seen; [batch][m][n] by strides, or null
     int64_t mask_batch_stride, mask_query_stride;
 };
 

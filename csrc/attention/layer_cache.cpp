@@ -7,13 +7,16 @@
 
 namespace hsr {
 
-LayerCache::LayerCache(int batch, int kv_heads, int key_dim, int value_dim, Dtype dtype,
-                       bool sketch_values)
-    : batch_(batch), kv_heads_(kv_heads), sketch_values_(sketch_values),
-      keys_(batch * kv_heads, key_dim, dtype), values_(batch * kv_heads, value_dim, dtype),
+LayerCache::LayerCache(int batch, int kv_heads, int key_dim, int value_dim, Dtype dtype, bool sketch_values)
+    : batch_(batch),
+      kv_heads_(kv_heads),
+      sketch_values_(sketch_values),
+      keys_(batch * kv_heads, key_dim, dtype),
+      values_(batch * kv_heads, value_dim, dtype),
       key_sketches_(size_t(batch * kv_heads), KeySketch(key_dim)),
       value_sketches_(size_t(batch * kv_heads), ValueSketch(value_dim)),
-      key_norms_(size_t(batch * kv_heads), 0.0), key_squares_(size_t(batch * kv_heads), 0.0) {}
+      key_norms_(size_t(batch * kv_heads), 0.0),
+      key_squares_(size_t(batch * kv_heads), 0.0) {}
 
 size_t LayerCache::code_nbytes() const {
     size_t total = 0;

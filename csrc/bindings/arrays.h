@@ -52,10 +52,13 @@ inline void require_finite(const char* name, const TokenArray& array, float limi
     std::vector<float> row(static_cast<size_t>(array.dim));
     array.read(place[0], place[1], place[2], row.data());
     const float found = row[size_t(place[3])];
-    const std::string value = std::isnan(found) ? "nan" : std::isinf(found) ? (found < 0 ? "-inf" : "inf") : std::to_string(found);
+    const std::string value = std::isnan(found)   ? "nan"
+                              : std::isinf(found) ? (found < 0 ? "-inf" : "inf")
+                                                  : std::to_string(found);
     std::string where = std::to_string(place[2]) + ", " + std::to_string(place[3]) + ")";
     where = array.head_stride || array.batch_stride || array.batch > 1 || array.heads > 1
-                ? "(" + std::to_string(place[0]) + ", " + std::to_string(place[1]) + ", " + where : "(" + where;
+                ? "(" + std::to_string(place[0]) + ", " + std::to_string(place[1]) + ", " + where
+                : "(" + where;
     const std::string rule = std::isfinite(found) ? " must be at most 1e18 in size, got " : " must be finite, got ";
     throw std::invalid_argument(name + rule + value + " at " + where);
 }

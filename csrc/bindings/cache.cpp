@@ -31,18 +31,20 @@ void append(LayerCache& self, const AnyArray& keys, const AnyArray& values, cons
 
 // `visible` none: the queries are the newest positions, causal among themselves.
 nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtype, std::optional<VectorIds> visible,
-                       int rule, bool sketch_tail, double scale, double epsilon, double exact_share,
-                       int64_t top_r, int power, bool certify, bool with_certificate, std::optional<Thresholds> thresholds,
+                       int rule, bool sketch_tail, double scale, double epsilon, double exact_share, int64_t top_r,
+                       int power, bool certify, bool with_certificate, std::optional<Thresholds> thresholds,
                        std::optional<Mask> mask) {
     AttendQueries call{};
     call.queries = token_array(queries, dtype);
     std::vector<int64_t> newest;
     if (!visible)
-        for (int64_t i = 0; i < call.queries.tokens; ++i) newest.push_back(int64_t(self.size()) - call.queries.tokens + i + 1);
+        for (int64_t i = 0; i < call.queries.tokens; ++i)
+            newest.push_back(int64_t(self.size()) - call.queries.tokens + i + 1);
     call.visible = visible ? visible->data() : newest.data();
     call.thresholds = thresholds ? thresholds->data() : nullptr;
     if (mask) {
-        if (mask->stride(2) != 1 && mask->shape(2) > 1) throw std::invalid_argument("mask must be contiguous over keys");
+        if (mask->stride(2) != 1 && mask->shape(2) > 1)
+            throw std::invalid_argument("mask must be contiguous over keys");
         call.mask = mask->data();
         call.mask_batch_stride = mask->shape(0) == 1 ? 0 : mask->stride(0);
         call.mask_query_stride = mask->shape(1) == 1 ? 0 : mask->stride(1);
@@ -63,7 +65,8 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
     {
         nb::gil_scoped_release release;
         require_finite("q", call.queries);
-        const AttendResult result{out.data(), bound.data(), estimate.data(), omitted.data(), density.data(), lse.data()};
+        const AttendResult result{out.data(),     bound.data(),   estimate.data(),
+                                  omitted.data(), density.data(), lse.data()};
         work = attend(self, settings, call, result);
     }
     auto answer = own(std::move(out), {batch, heads, m, dim});
@@ -77,9 +80,9 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
     counters["scanned_eight"] = work.scanned_eight;
     counters["scanned_full"] = work.scanned_full;
     counters["selected_again"] = work.selected_again;
-    return nb::make_tuple(answer, own(std::move(bound), {batch, heads, m}),
-                          own(std::move(estimate), {batch, heads, m}), own(std::move(omitted), {batch, heads, m}),
-                          own(std::move(density), {batch, heads, m}), own(std::move(lse), {batch, heads, m}), counters);
+    return nb::make_tuple(answer, own(std::move(bound), {batch, heads, m}), own(std::move(estimate), {batch, heads, m}),
+                          own(std::move(omitted), {batch, heads, m}), own(std::move(density), {batch, heads, m}),
+                          own(std::move(lse), {batch, heads, m}), counters);
 }
 
 // Keys or values as [batch, heads, n, dim], read-only, without a copy; later appends do not move it.
@@ -91,8 +94,7 @@ nb::object rows_view(const RowStore& store, int batch) {
     const size_t shape[4] = {size_t(batch), heads, store.size(), dim};
     const int64_t strides[4] = {int64_t(heads * dim), int64_t(dim), int64_t(size_t(store.heads()) * dim), 1};
     void* data = store.size() ? const_cast<uint8_t*>((*held)->data()) : reinterpret_cast<uint8_t*>(&nothing);
-    if (store.dtype() == Dtype::float32)
-        return nb::cast(nb::ndarray<nb::numpy, float>(data, 4, shape, owner, strides));
+    if (store.dtype() == Dtype::float32) return nb::cast(nb::ndarray<nb::numpy, float>(data, 4, shape, owner, strides));
     return nb::cast(nb::ndarray<nb::numpy, uint16_t>(data, 4, shape, owner, strides));
 }
 
@@ -100,11 +102,12 @@ nb::object rows_view(const RowStore& store, int batch) {
 
 void init_cache(nb::module_& m) {
     nb::class_<LayerCache>(m, "LayerCache")
-        .def("__init__",
-             [](LayerCache* self, int batch, int kv_heads, int key_dim, int value_dim, int dtype, bool sketch_values) {
-                 new (self) LayerCache(batch, kv_heads, key_dim, value_dim, Dtype(dtype), sketch_values);
-             },
-             "batch"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "dtype"_a, "sketch_values"_a)
+        .def(
+            "__init__",
+            [](LayerCache* self, int batch, int kv_heads, int key_dim, int value_dim, int dtype, bool sketch_values) {
+                new (self) LayerCache(batch, kv_heads, key_dim, value_dim, Dtype(dtype), sketch_values);
+            },
+            "batch"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "dtype"_a, "sketch_values"_a)
         .def_prop_ro("batch", &LayerCache::batch)
         .def_prop_ro("kv_heads", &LayerCache::kv_heads)
         .def_prop_ro("key_dim", &LayerCache::key_dim)
@@ -115,12 +118,13 @@ void init_cache(nb::module_& m) {
         .def("__len__", &LayerCache::size)
         .def("append", &append, "keys"_a, "values"_a, "keys_name"_a, "values_name"_a)
         .def("crop", &LayerCache::crop, "size"_a)
-        .def("reorder",
-             [](LayerCache& self, const VectorIds& sources) {
-                 nb::gil_scoped_release release;
-                 self.reorder(sources.data(), sources.shape(0));
-             },
-             "sources"_a)
+        .def(
+            "reorder",
+            [](LayerCache& self, const VectorIds& sources) {
+                nb::gil_scoped_release release;
+                self.reorder(sources.data(), sources.shape(0));
+            },
+            "sources"_a)
         .def("key_rms",
              [](const LayerCache& self) {
                  std::vector<double> rms;
@@ -130,6 +134,6 @@ void init_cache(nb::module_& m) {
         .def("keys", [](const LayerCache& self) { return rows_view(self.keys(), self.batch()); })
         .def("values", [](const LayerCache& self) { return rows_view(self.values(), self.batch()); })
         .def("attend", &attend_cache, "queries"_a, "dtype"_a, "visible"_a.none(), nb::kw_only(), "rule"_a,
-             "sketch_tail"_a, "scale"_a, "epsilon"_a, "exact_share"_a, "top_r"_a, "power"_a, "certify"_a, "with_certificate"_a,
-             "thresholds"_a.none(), "mask"_a.none());
+             "sketch_tail"_a, "scale"_a, "epsilon"_a, "exact_share"_a, "top_r"_a, "power"_a, "certify"_a,
+             "with_certificate"_a, "thresholds"_a.none(), "mask"_a.none());
 }

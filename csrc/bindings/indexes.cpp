@@ -33,61 +33,67 @@ nb::tuple arrays(ReportArrays&& report) {
 template <class Index>
 void bind_index(nb::module_& m, const char* name) {
     nb::class_<Index>(m, name)
-        .def("__init__", [](Index* self, int dim, int dtype) { new (self) Index(dim, Dtype(dtype)); },
-             "dim"_a, "dtype"_a)
+        .def(
+            "__init__", [](Index* self, int dim, int dtype) { new (self) Index(dim, Dtype(dtype)); }, "dim"_a,
+            "dtype"_a)
         .def_prop_ro("dim", [](const Index& self) { return self.dim(); })
         .def_prop_ro("dtype", [](const Index& self) { return int(self.dtype()); })
         .def_prop_ro("nbytes", [](const Index& self) { return self.nbytes(); })
         .def("__len__", [](const Index& self) { return self.size(); })
-        .def("append",
-             [](Index& self, const AnyArray& keys) {
-                 const TokenArray rows = token_array(keys, int(self.dtype()));
-                 nb::gil_scoped_release release;
-                 require_finite("keys", rows);
-                 return self.append(rows);
-             },
-             "keys"_a)
-        .def("delete",
-             [](Index& self, const VectorIds& ids) {
-                 nb::gil_scoped_release release;
-                 self.remove(ids.data(), ids.shape(0));
-             },
-             "ids"_a)
-        .def("report",
-             [](const Index& self, const AnyArray& queries, int dtype, const Vector64& thresholds) {
-                 ReportArrays report;
-                 {
-                     nb::gil_scoped_release release;
-                     const auto rows = floats(queries, dtype, "queries");
-                     report = self.report(rows.data(), thresholds.data(), thresholds.shape(0));
-                 }
-                 return arrays(std::move(report));
-             },
-             "queries"_a, "dtype"_a, "thresholds"_a)
-        .def("count",
-             [](const Index& self, const AnyArray& queries, int dtype, const Vector64& thresholds) {
-                 std::vector<int64_t> counts;
-                 WorkCounters work;
-                 {
-                     nb::gil_scoped_release release;
-                     const auto rows = floats(queries, dtype, "queries");
-                     counts = self.count(rows.data(), thresholds.data(), thresholds.shape(0), work);
-                 }
-                 const size_t m = counts.size();
-                 return nb::make_tuple(own(std::move(counts), {m}), counters(work));
-             },
-             "queries"_a, "dtype"_a, "thresholds"_a)
-        .def("top_r",
-             [](const Index& self, const AnyArray& queries, int dtype, size_t r) {
-                 ReportArrays report;
-                 {
-                     nb::gil_scoped_release release;
-                     const auto rows = floats(queries, dtype, "queries");
-                     report = self.top_r(rows.data(), queries.shape(0), r);
-                 }
-                 return arrays(std::move(report));
-             },
-             "queries"_a, "dtype"_a, "r"_a);
+        .def(
+            "append",
+            [](Index& self, const AnyArray& keys) {
+                const TokenArray rows = token_array(keys, int(self.dtype()));
+                nb::gil_scoped_release release;
+                require_finite("keys", rows);
+                return self.append(rows);
+            },
+            "keys"_a)
+        .def(
+            "delete",
+            [](Index& self, const VectorIds& ids) {
+                nb::gil_scoped_release release;
+                self.remove(ids.data(), ids.shape(0));
+            },
+            "ids"_a)
+        .def(
+            "report",
+            [](const Index& self, const AnyArray& queries, int dtype, const Vector64& thresholds) {
+                ReportArrays report;
+                {
+                    nb::gil_scoped_release release;
+                    const auto rows = floats(queries, dtype, "queries");
+                    report = self.report(rows.data(), thresholds.data(), thresholds.shape(0));
+                }
+                return arrays(std::move(report));
+            },
+            "queries"_a, "dtype"_a, "thresholds"_a)
+        .def(
+            "count",
+            [](const Index& self, const AnyArray& queries, int dtype, const Vector64& thresholds) {
+                std::vector<int64_t> counts;
+                WorkCounters work;
+                {
+                    nb::gil_scoped_release release;
+                    const auto rows = floats(queries, dtype, "queries");
+                    counts = self.count(rows.data(), thresholds.data(), thresholds.shape(0), work);
+                }
+                const size_t m = counts.size();
+                return nb::make_tuple(own(std::move(counts), {m}), counters(work));
+            },
+            "queries"_a, "dtype"_a, "thresholds"_a)
+        .def(
+            "top_r",
+            [](const Index& self, const AnyArray& queries, int dtype, size_t r) {
+                ReportArrays report;
+                {
+                    nb::gil_scoped_release release;
+                    const auto rows = floats(queries, dtype, "queries");
+                    report = self.top_r(rows.data(), queries.shape(0), r);
+                }
+                return arrays(std::move(report));
+            },
+            "queries"_a, "dtype"_a, "r"_a);
 }
 
 }  // namespace

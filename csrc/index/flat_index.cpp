@@ -30,8 +30,7 @@ void FlatIndex::keep_rows(const std::vector<size_t>& positions) {
     kept.reserve(blocks() * block_bytes());
     std::memset(kept.data(), 0, blocks() * block_bytes());
     for (size_t i = 0; i < positions.size(); ++i) {
-        const uint8_t* from =
-            blocks_.data() + positions[i] / kBlock * block_bytes() + positions[i] % kBlock * item;
+        const uint8_t* from = blocks_.data() + positions[i] / kBlock * block_bytes() + positions[i] % kBlock * item;
         uint8_t* to = kept.data() + i / kBlock * block_bytes() + i % kBlock * item;
         for (int j = 0; j < dim_; ++j)
             std::memcpy(to + size_t(j) * kBlock * item, from + size_t(j) * kBlock * item, item);
@@ -39,9 +38,8 @@ void FlatIndex::keep_rows(const std::vector<size_t>& positions) {
     blocks_ = std::move(kept);
 }
 
-void FlatIndex::scan_range(const float* queries, const double* norms, const double* thresholds,
-                           int tile, size_t first, size_t last, std::vector<Hit>* hits,
-                           int64_t* counts, WorkCounters& work) const {
+void FlatIndex::scan_range(const float* queries, const double* norms, const double* thresholds, int tile, size_t first,
+                           size_t last, std::vector<Hit>* hits, int64_t* counts, WorkCounters& work) const {
     // A float32 score is a sum of dim products in two chains: it is off by at most
     // (dim / 2 + 2) u |q| |k| <= dim u |q| max|k| + 2 u |q| max|k|, u = 2^-24; products below the smallest
     // normal number may vanish, which the absolute term covers. Overflow gives inf or NaN, which count as
@@ -57,8 +55,8 @@ void FlatIndex::scan_range(const float* queries, const double* norms, const doub
     uint16_t masks[kTile * kStep];
     for (size_t b = first; b < last; b += kStep) {
         const size_t count = std::min(kStep, last - b);
-        kernels().flat_masks(dtype_, blocks_.data() + b * block_bytes(), dim_, count, queries, tile,
-                             lowered, masks, kStep);
+        kernels().flat_masks(dtype_, blocks_.data() + b * block_bytes(), dim_, count, queries, tile, lowered, masks,
+                             kStep);
         for (int q = 0; q < tile; ++q)
             for (size_t i = 0; i < count; ++i) {
                 uint32_t mask = masks[size_t(q) * kStep + i] & live_.mask(b + i);
@@ -76,8 +74,8 @@ void FlatIndex::scan_range(const float* queries, const double* norms, const doub
                 }
             }
     }
-    work.full_scored += int64_t(tile) *
-                        int64_t(std::min(last * kBlock, live_.positions()) - std::min(first * kBlock, live_.positions()));
+    work.full_scored += int64_t(tile) * int64_t(std::min(last * kBlock, live_.positions()) -
+                                                std::min(first * kBlock, live_.positions()));
 }
 
 double FlatIndex::threshold_for(const float* query, double, size_t r, WorkCounters& work) const {
@@ -86,8 +84,7 @@ double FlatIndex::threshold_for(const float* query, double, size_t r, WorkCounte
     for (size_t b = 0; b < blocks(); ++b) {
         double block[kBlock];
         kernels().flat_block64(dtype_, blocks_.data() + b * block_bytes(), dim_, query, block);
-        for (uint32_t mask = live_.mask(b); mask; mask &= mask - 1)
-            scores.push_back(block[__builtin_ctz(mask)]);
+        for (uint32_t mask = live_.mask(b); mask; mask &= mask - 1) scores.push_back(block[__builtin_ctz(mask)]);
     }
     work.full_scored += int64_t(live_.positions());
     std::nth_element(scores.begin(), scores.begin() + int64_t(r) - 1, scores.end(), std::greater<double>());

@@ -12,8 +12,8 @@ public:
     size_t nbytes() const override { return blocks() * block_bytes(); }
 
 protected:
-    void scan_range(const float*, const double*, const double*, int, size_t, size_t,
-                    std::vector<Hit>*, int64_t*, WorkCounters&) const override;
+    void scan_range(const float*, const double*, const double*, int, size_t, size_t, std::vector<Hit>*, int64_t*,
+                    WorkCounters&) const override;
     double threshold_for(const float*, double, size_t, WorkCounters&) const override;
     void append_rows(const TokenArray&) override;
     void keep_rows(const std::vector<size_t>&) override;

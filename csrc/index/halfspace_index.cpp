@@ -36,8 +36,7 @@ void HalfspaceIndex::remove(const int64_t* ids, size_t count) {
     for (size_t i = 0; i < count; ++i) {
         const int64_t position = live_.find(ids[i]);
         if (position < 0)
-            throw std::out_of_range("ids must name live keys, got unknown or deleted id " +
-                                    std::to_string(ids[i]));
+            throw std::out_of_range("ids must name live keys, got unknown or deleted id " + std::to_string(ids[i]));
         positions[i] = size_t(position);
     }
     for (size_t position : positions) live_.remove(position);
@@ -55,9 +54,8 @@ ReportArrays HalfspaceIndex::report(const float* queries, const double* threshol
         const size_t first_query = tile * kTile;
         const int count = int(std::min<size_t>(kTile, m - first_query));
         const size_t first = blocks() * range / split.ranges, last = blocks() * (range + 1) / split.ranges;
-        scan_range(queries + first_query * size_t(dim_), norms.data() + first_query,
-                   thresholds + first_query, count, first, last, &hits[task * kTile], nullptr,
-                   work[task]);
+        scan_range(queries + first_query * size_t(dim_), norms.data() + first_query, thresholds + first_query, count,
+                   first, last, &hits[task * kTile], nullptr, work[task]);
     });
     ReportArrays out;
     out.indptr.assign(m + 1, 0);
@@ -88,8 +86,7 @@ std::vector<int64_t> HalfspaceIndex::count(const float* queries, const double* t
         const size_t first_query = tile * kTile;
         const int count = int(std::min<size_t>(kTile, m - first_query));
         double norms[kTile];
-        for (int q = 0; q < count; ++q)
-            norms[q] = norm_of(queries + (first_query + size_t(q)) * size_t(dim_), dim_);
+        for (int q = 0; q < count; ++q) norms[q] = norm_of(queries + (first_query + size_t(q)) * size_t(dim_), dim_);
         scan_range(queries + first_query * size_t(dim_), norms, thresholds + first_query, count,
                    blocks() * range / split.ranges, blocks() * (range + 1) / split.ranges, nullptr,
                    &parts[task * kTile], work[task]);
@@ -108,19 +105,16 @@ ReportArrays HalfspaceIndex::top_r(const float* queries, size_t m, size_t r) con
         const float* query = queries + i * size_t(dim_);
         const double norm = norm_of(query, dim_);
         WorkCounters& counters = work[i];
-        const double threshold = r >= size() ? -std::numeric_limits<double>::infinity()
-                                             : threshold_for(query, norm, r, counters);
+        const double threshold =
+            r >= size() ? -std::numeric_limits<double>::infinity() : threshold_for(query, norm, r, counters);
         auto& hits = rows[i];
         scan_range(query, &norm, &threshold, 1, 0, blocks(), &hits, nullptr, counters);
         if (hits.size() > r) {
-            std::nth_element(hits.begin(), hits.begin() + int64_t(r), hits.end(),
-                             [](const Hit& a, const Hit& b) {
-                                 return a.score > b.score ||
-                                        (a.score == b.score && a.position < b.position);
-                             });
+            std::nth_element(hits.begin(), hits.begin() + int64_t(r), hits.end(), [](const Hit& a, const Hit& b) {
+                return a.score > b.score || (a.score == b.score && a.position < b.position);
+            });
             hits.resize(r);
-            std::sort(hits.begin(), hits.end(),
-                      [](const Hit& a, const Hit& b) { return a.position < b.position; });
+            std::sort(hits.begin(), hits.end(), [](const Hit& a, const Hit& b) { return a.position < b.position; });
         }
     });
     ReportArrays out;

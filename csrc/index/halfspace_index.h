@@ -111,19 +111,16 @@ public:
 
     // queries [m][dim] float32, thresholds [m]
     ReportArrays report(const float* queries, const double* thresholds, size_t m) const;
-    std::vector<int64_t> count(const float* queries, const double* thresholds, size_t m,
-                               WorkCounters& work) const;
+    std::vector<int64_t> count(const float* queries, const double* thresholds, size_t m, WorkCounters& work) const;
     ReportArrays top_r(const float* queries, size_t m, size_t r) const;
 
 protected:
     // Queries of one tile against blocks [first, last): hits of each query, ascending. With `hits` null
     // only counts are made.
-    virtual void scan_range(const float* queries, const double* norms, const double* thresholds,
-                            int tile, size_t first, size_t last, std::vector<Hit>* hits,
-                            int64_t* counts, WorkCounters& work) const = 0;
+    virtual void scan_range(const float* queries, const double* norms, const double* thresholds, int tile, size_t first,
+                            size_t last, std::vector<Hit>* hits, int64_t* counts, WorkCounters& work) const = 0;
     // A threshold that at least r live keys reach, for one query.
-    virtual double threshold_for(const float* query, double norm, size_t r,
-                                 WorkCounters& work) const = 0;
+    virtual double threshold_for(const float* query, double norm, size_t r, WorkCounters& work) const = 0;
     virtual void append_rows(const TokenArray& keys) = 0;
     virtual void keep_rows(const std::vector<size_t>& positions) = 0;
 

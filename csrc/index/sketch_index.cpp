@@ -25,14 +25,13 @@ void SketchIndex::keep_rows(const std::vector<size_t>& positions) {
     sketch_.code(rows_, 0);
 }
 
-void SketchIndex::scan_range(const float* queries, const double* norms, const double* thresholds,
-                             int tile, size_t first, size_t last, std::vector<Hit>* hits,
-                             int64_t* counts, WorkCounters& work) const {
+void SketchIndex::scan_range(const float* queries, const double* norms, const double* thresholds, int tile,
+                             size_t first, size_t last, std::vector<Hit>* hits, int64_t* counts,
+                             WorkCounters& work) const {
     const size_t coded_last = std::min(last, sketch_.blocks());
     const auto verify = [&](int q, size_t position) {
         ++work.full_scored;
-        const double score =
-            kernels().dot64(dtype_, rows_.row(position, 0), queries + size_t(q) * size_t(dim_), dim_);
+        const double score = kernels().dot64(dtype_, rows_.row(position, 0), queries + size_t(q) * size_t(dim_), dim_);
         if (!(score >= thresholds[q])) return;
         if (hits)
             hits[q].push_back({uint32_t(position), score});
@@ -104,8 +103,8 @@ double SketchIndex::threshold_for(const float* query, double norm, size_t r, Wor
         const size_t count = std::min(kStep, sketch_.blocks() - b);
         float maximum = -kInf;
         kernels().scan(sketch_.high(b), dim_, count, &prepared.coded, 1, estimates, 0, &maximum);
-        kernels().bounds(sketch_.high(b), sketch_.low(b), dim_, count, &prepared.coded, false, estimates,
-                         -1.0f, lowers);
+        kernels().bounds(sketch_.high(b), sketch_.low(b), dim_, count, &prepared.coded, false, estimates, -1.0f,
+                         lowers);
         for (size_t i = 0; i < count; ++i)
             for (uint32_t mask = live_.mask(b + i); mask; mask &= mask - 1) {
                 const float bound = lowers[i * kBlock + size_t(__builtin_ctz(mask))];

@@ -9,13 +9,12 @@ namespace hsr {
 
 class SketchIndex : public HalfspaceIndex {
 public:
-    SketchIndex(int dim, Dtype dtype)
-        : HalfspaceIndex(dim, dtype), rows_(1, dim, dtype), sketch_(dim) {}
+    SketchIndex(int dim, Dtype dtype) : HalfspaceIndex(dim, dtype), rows_(1, dim, dtype), sketch_(dim) {}
     size_t nbytes() const override { return rows_.nbytes() + sketch_.nbytes(); }
 
 protected:
-    void scan_range(const float*, const double*, const double*, int, size_t, size_t,
-                    std::vector<Hit>*, int64_t*, WorkCounters&) const override;
+    void scan_range(const float*, const double*, const double*, int, size_t, size_t, std::vector<Hit>*, int64_t*,
+                    WorkCounters&) const override;
     double threshold_for(const float*, double, size_t, WorkCounters&) const override;
     void append_rows(const TokenArray&) override;
     void keep_rows(const std::vector<size_t>&) override;

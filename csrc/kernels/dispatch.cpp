@@ -5,10 +5,16 @@
 
 namespace hsr {
 
-namespace scalar { const Kernels& table(); }
+namespace scalar {
+const Kernels& table();
+}
 #if defined(__x86_64__)
-namespace avx2 { const Kernels& table(); }
-namespace avx512 { const Kernels& table(); }
+namespace avx2 {
+const Kernels& table();
+}
+namespace avx512 {
+const Kernels& table();
+}
 #endif
 
 namespace {
@@ -25,8 +31,7 @@ const Level kLevels[] = {
 #if defined(__x86_64__)
     {"avx2", avx2::table,
      [] {
-         return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                     __builtin_cpu_supports("bmi2"));
+         return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"));
      }},
     {"avx512", avx512::table,
      [] {
@@ -41,8 +46,7 @@ const Kernels* find(const std::string& name) {
     std::string known;
     for (const Level& level : kLevels) {
         if (name == level.name) {
-            if (!level.supported())
-                throw std::invalid_argument("isa '" + name + "' is not supported by this machine");
+            if (!level.supported()) throw std::invalid_argument("isa '" + name + "' is not supported by this machine");
             return &level.table();
         }
         known += (known.empty() ? "" : ", ") + std::string(level.name);

@@ -43,10 +43,10 @@ inline size_t value_parameter_bytes(int dim) { return size_t(value_groups(dim)) 
 
 // One query, rotated and quantised in two signed 8-bit digits: q ~ unit (high + low / 254).
 struct CodedQuery {
-    const int8_t* high;   // [padded8(dim)]
-    const int8_t* low;    // [padded8(dim)]
-    float unit;           // logit of (high = 1) x (decoded key = 1)
-    float centre;         // logit of the centre of the keys
+    const int8_t* high;  // [padded8(dim)]
+    const int8_t* low;   // [padded8(dim)]
+    float unit;          // logit of (high = 1) x (decoded key = 1)
+    float centre;        // logit of the centre of the keys
     float high_sum, low_sum;
     // |logit - estimate4| <= slope4 * residual4 + slope4_step * step + slack, and so on for 8 bits.
     float slope4, slope4_step, slope8, slope8_step, slack;
@@ -79,11 +79,11 @@ enum class Sums { none, masses, all };
 
 // Sums of one selection; masses are relative to exp(reference).
 struct SelectionSums {
-    double omitted[kTile];       // upper bound of the mass of what was left out
-    double sketched[kTile];      // sum of weights taken from codes
-    double weight_band[kTile];   // sum of weight * band
-    double weight_var[kTile];    // sum of (weight band)^2 / head_dim, for the estimate of the error
-    int64_t refined;             // blocks whose second plane was read
+    double omitted[kTile];      // upper bound of the mass of what was left out
+    double sketched[kTile];     // sum of weights taken from codes
+    double weight_band[kTile];  // sum of weight * band
+    double weight_var[kTile];   // sum of (weight band)^2 / head_dim, for the estimate of the error
+    int64_t refined;            // blocks whose second plane was read
     // [kTile][groups], added to: weight * offset, weight * step, (weight * step)^2
     float *offsets, *steps, *squares;
 };
@@ -95,55 +95,49 @@ struct Kernels {
     // y[count][padded16(dim)] = x[count][dim] times matrix[dim][padded16(dim)] (row-major)
     void (*rotate)(const float* matrix, int dim, const float* x, size_t count, float* y);
     // Code 16 rotated keys y[16][padded16(dim)]; norms2 are the squared norms before rotation.
-    void (*code_keys)(int dim, const float* y, const double* norms, double relative_slack,
-                      uint8_t* high, uint8_t* low);
+    void (*code_keys)(int dim, const float* y, const double* norms, double relative_slack, uint8_t* high, uint8_t* low);
     // Codes one value; `parameters` is the key's place (2 * lane bytes) in its block's first piece.
     void (*code_value)(int dim, const float* value, uint8_t* row, uint8_t* parameters);
 
     // estimates[q][block * 16 + i] for `blocks` blocks; maxima[q] is raised to the largest.
-    void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
-                 float* estimates, size_t estimate_stride, float* maxima);
+    void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* estimates,
+                 size_t estimate_stride, float* maxima);
     // The same blocks in one pass, at most 2,048 keys: upper bounds (estimate + band) instead of
     // estimates, their largest estimate, and the sum of exp(estimate - largest), at most 0.4 % too large.
-    void (*scan_mass)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
-                      float* uppers, size_t stride, float* maxima, double* masses);
+    void (*scan_mass)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
+                      size_t stride, float* maxima, double* masses);
     // out = exp(x - reference)
     void (*exp_into)(const float* x, size_t count, float reference, float* out);
     // Mass that a threshold b would omit in a sample: the sum of upper_weights where upper < b, and of
     // weights where estimate < b <= upper.
-    double (*mass_below)(const float* estimates, const float* uppers, const float* weights,
-                         const float* upper_weights, size_t count, float threshold);
+    double (*mass_below)(const float* estimates, const float* uppers, const float* weights, const float* upper_weights,
+                         size_t count, float threshold);
     // sum of exp(x - reference)
     double (*sum_exp)(const float* x, size_t count, float reference);
     // Replaces the estimates of `blocks` blocks by those of both planes; maxima as in `scan`.
-    void (*refine)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
-                   const CodedQuery* queries, int count, float* estimates, size_t estimate_stride,
-                   float* maxima);
-    // Two-stage selection over blocks, from upper bounds of the logits. `value_parameters` is null when everything kept is read at full precision.
-    void (*select)(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
-                   int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
-                   int count, const Selection* selection, Sums wanted, const float* uppers,
-                   size_t stride, KeptKeys* kept, SelectionSums* sums);
+    void (*refine)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
+                   int count, float* estimates, size_t estimate_stride, float* maxima);
+    // Two-stage selection over blocks, from upper bounds of the logits. `value_parameters` is null when everything kept
+    // is read at full precision.
+    void (*select)(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
+                   size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
+                   Sums wanted, const float* uppers, size_t stride, KeptKeys* kept, SelectionSums* sums);
     // accumulators[q][groups * 32] += scaled * code over the kept keys
-    void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKeys* kept, int count,
-                             float* accumulators);
+    void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKeys* kept, int count, float* accumulators);
     // out[i] = estimates[i] + sign * band, for the keys of `blocks` blocks; the band is that of 4 bits, or
     // with `refined` of 8. In place when out is estimates. -inf (a key that is hidden) stays.
-    void (*bounds)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
-                   const CodedQuery* query, bool refined, const float* estimates, float sign,
-                   float* out);
+    void (*bounds)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* query,
+                   bool refined, const float* estimates, float sign, float* out);
 
     float (*dot)(Dtype dtype, const void* row, const float* query, int dim);
     double (*dot64)(Dtype dtype, const void* row, const float* query, int dim);
     void (*axpy)(Dtype dtype, const void* row, float weight, int dim, float* accumulator);
     // Blocks of keys [dim][16] in `dtype`. masks[q][block]: lanes whose float32 score is not below
     // thresholds[q] (NaN counts as not below).
-    void (*flat_masks)(Dtype dtype, const void* blocks, int dim, size_t block_count,
-                       const float* queries, int count, const float* thresholds, uint16_t* masks,
-                       size_t mask_stride);
+    void (*flat_masks)(Dtype dtype, const void* blocks, int dim, size_t block_count, const float* queries, int count,
+                       const float* thresholds, uint16_t* masks, size_t mask_stride);
     // The 16 scores of one block in float64; float32 products are exact there.
-    void (*flat_block64)(Dtype dtype, const void* block, int dim, const float* query,
-                         double* scores);
+    void (*flat_block64)(Dtype dtype, const void* block, int dim, const float* query, double* scores);
     // how many x[i] are not below the threshold
     size_t (*count_from)(const float* x, size_t count, float threshold);
 };

@@ -34,8 +34,7 @@ void rotate(const float* matrix, int dim, const float* x, size_t count, float* y
         for (; at + 64 <= wide; at += 64) {
             f32x16 sum[4] = {};
             for (int i = 0; i < dim; ++i)
-                for (int j = 0; j < 4; ++j)
-                    sum[j] += x[i] * load<f32x16>(matrix + size_t(i) * wide + at + 16 * j);
+                for (int j = 0; j < 4; ++j) sum[j] += x[i] * load<f32x16>(matrix + size_t(i) * wide + at + 16 * j);
             for (int j = 0; j < 4; ++j) store(y + at + 16 * j, sum[j]);
         }
         for (; at < wide; at += 16) {
@@ -51,8 +50,7 @@ void rotate(const float* matrix, int dim, const float* x, size_t count, float* y
 inline double squares(f32x16 r) {
     f32x8 halves[2];
     __builtin_memcpy(halves, &r, 64);
-    const f64x8 a = __builtin_convertvector(halves[0], f64x8),
-                b = __builtin_convertvector(halves[1], f64x8);
+    const f64x8 a = __builtin_convertvector(halves[0], f64x8), b = __builtin_convertvector(halves[1], f64x8);
     const f64x8 s = a * a + b * b;
     double sum = 0;
     for (int i = 0; i < 8; ++i) sum += s[i];
@@ -66,8 +64,7 @@ inline i32x16 lanes_below(int count) {
 
 // Norms outside [1e-30, 1e30] are not coded: squares and reciprocals in float32 would leave its range.
 // The residual alone then bounds the score: the norm itself, or infinity ("always verify").
-void code_keys(int dim, const float* y, const double* norms, double relative_slack, uint8_t* high,
-               uint8_t* low) {
+void code_keys(int dim, const float* y, const double* norms, double relative_slack, uint8_t* high, uint8_t* low) {
     const int wide = (dim + 15) / 16 * 16, eight = (dim + 7) / 8 * 8;
     const size_t bytes = size_t(eight) / 8 * 64;
     __builtin_memset(high, 0, bytes + 64);
@@ -107,8 +104,7 @@ void code_keys(int dim, const float* y, const double* norms, double relative_sla
             }
             // The slack covers the rounding of the rotation and of the residuals themselves.
             const double slack = relative_slack * norm + 1e-36;
-            residual4 = bfloat16_up(
-                float((__builtin_sqrt(sum4) + slack + kQueryShare * norm) * 1.000001));
+            residual4 = bfloat16_up(float((__builtin_sqrt(sum4) + slack + kQueryShare * norm) * 1.000001));
             residual8 = bfloat16_up(float((__builtin_sqrt(sum8) + slack) * 1.000001));
         }
         __builtin_memcpy(high + bytes + 2 * key, &step_bits, 2);
@@ -157,8 +153,8 @@ inline int32_t four_digits(const int8_t* digits) {
 
 // Estimates of `blocks` blocks of one tile; raises top[q].
 template <int Count>
-inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
-                         float* estimates, size_t stride, f32x16* top) {
+inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* estimates,
+                         size_t stride, f32x16* top) {
     const int pairs = (dim + 7) / 8;
     const size_t bytes = size_t(pairs) * 64;
     for (size_t block = 0; block < blocks; ++block, high += bytes + 64) {
@@ -184,16 +180,16 @@ inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const Code
 }
 
 template <int Count>
-inline void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
-                      float* estimates, size_t stride, float* maxima) {
+inline void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* estimates,
+                      size_t stride, float* maxima) {
     f32x16 top[Count];
     for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
     score_blocks<Count>(high, dim, blocks, queries, estimates, stride, top);
     for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
 }
 
-void scan(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
-          float* estimates, size_t stride, float* maxima) {
+void scan(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* estimates,
+          size_t stride, float* maxima) {
     switch (count) {
         case 1: return scan_tile<1>(high, dim, blocks, queries, estimates, stride, maxima);
         case 2: return scan_tile<2>(high, dim, blocks, queries, estimates, stride, maxima);
@@ -204,8 +200,8 @@ void scan(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries
 
 // As flash attention keeps its running maximum: a few blocks are scored, then their masses added.
 template <int Count>
-inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
-                           float* uppers, size_t stride, float* maxima, double* masses) {
+inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* uppers,
+                           size_t stride, float* maxima, double* masses) {
     constexpr size_t kGroup = 8;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     float reference[Count];
@@ -243,8 +239,8 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
     }
 }
 
-void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
-               float* uppers, size_t stride, float* maxima, double* masses) {
+void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
+               size_t stride, float* maxima, double* masses) {
     switch (count) {
         case 1: return scan_mass_tile<1>(high, dim, blocks, queries, uppers, stride, maxima, masses);
         case 2: return scan_mass_tile<2>(high, dim, blocks, queries, uppers, stride, maxima, masses);
@@ -284,8 +280,8 @@ void exp_into(const float* x, size_t count, float reference, float* out) {
     }
 }
 
-double mass_below(const float* estimates, const float* uppers, const float* weights,
-                  const float* upper_weights, size_t count, float threshold) {
+double mass_below(const float* estimates, const float* uppers, const float* weights, const float* upper_weights,
+                  size_t count, float threshold) {
     f32x16 sum = {};
     const f32x16 limit = splat(threshold), zero = {};
     for (size_t i = 0; i + 16 <= count; i += 16) {
@@ -295,8 +291,8 @@ double mass_below(const float* estimates, const float* uppers, const float* weig
     return sum_of(sum);
 }
 
-void bounds(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* query,
-            bool refined, const float* estimates, float sign, float* out) {
+void bounds(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* query, bool refined,
+            const float* estimates, float sign, float* out) {
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     const float slope = refined ? query->slope8 : query->slope4,
                 slope_step = refined ? query->slope8_step : query->slope4_step;
@@ -314,8 +310,8 @@ void bounds(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, con
 // ------------------------------------------------------------------ both planes
 
 template <int Count>
-inline void refine_block(const uint8_t* high, const uint8_t* low, int dim,
-                         const CodedQuery* const* queries, f32x16* refined) {
+inline void refine_block(const uint8_t* high, const uint8_t* low, int dim, const CodedQuery* const* queries,
+                         f32x16* refined) {
     const int pairs = (dim + 7) / 8;
     i32x16 first[Count] = {}, second[Count] = {};
     for (int p = 0; p < pairs; ++p) {
@@ -338,8 +334,8 @@ inline void refine_block(const uint8_t* high, const uint8_t* low, int dim,
 }
 
 template <int Count>
-inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
-                        const CodedQuery* queries, float* estimates, size_t stride, float* maxima) {
+inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
+                        float* estimates, size_t stride, float* maxima) {
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     f32x16 top[Count], refined[Count];
     const CodedQuery* every[Count];
@@ -357,8 +353,8 @@ inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t
     for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
 }
 
-void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
-            const CodedQuery* queries, int count, float* estimates, size_t stride, float* maxima) {
+void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries, int count,
+            float* estimates, size_t stride, float* maxima) {
     switch (count) {
         case 1: return refine_tile<1>(high, low, dim, blocks, queries, estimates, stride, maxima);
         case 2: return refine_tile<2>(high, low, dim, blocks, queries, estimates, stride, maxima);
@@ -370,10 +366,9 @@ void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks,
 // ------------------------------------------------------------------ selection
 
 template <int Count, Sums Wanted>
-inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters,
-                        int dim, int value_dim, size_t blocks, uint32_t first_key,
-                        const CodedQuery* queries, const Selection* selection,
-                        const float* uppers, size_t stride, KeptKeys* kept,
+inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
+                        int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
+                        const Selection* selection, const float* uppers, size_t stride, KeptKeys* kept,
                         SelectionSums* sums) {
     constexpr int kMaxGroups = kMaxHeadDim / kValueGroup, kAhead = 3;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
@@ -381,8 +376,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     size_t count = 0, exact_count[Count] = {};
     int64_t kept_total[Count] = {};
-    f32x16 omitted[Count] = {}, sketched[Count] = {}, weight_band[Count] = {},
-           weight_var[Count] = {};
+    f32x16 omitted[Count] = {}, sketched[Count] = {}, weight_band[Count] = {}, weight_var[Count] = {};
     f32x16 offsets[Count][kMaxGroups], steps[Count][kMaxGroups], squares[Count][kMaxGroups];
     for (int q = 0; q < Count; ++q)
         for (int g = 0; g < groups; ++g) offsets[q][g] = steps[q][g] = squares[q][g] = f32x16{};
@@ -390,8 +384,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
     uint16_t doubts[kSelectBlocks][Count], flagged[kSelectBlocks + kAhead];
     size_t flagged_count = 0;
     f32x16 threshold[Count];  // hidden keys lie below kLowest and are never in doubt
-    for (int q = 0; q < Count; ++q)
-        threshold[q] = max_of(splat(selection[q].threshold), splat(kLowest));
+    for (int q = 0; q < Count; ++q) threshold[q] = max_of(splat(selection[q].threshold), splat(kLowest));
     for (size_t block = 0; block < blocks; ++block) {
         uint32_t any = 0;
         for (int q = 0; q < Count; ++q) {
@@ -400,8 +393,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
             doubts[block][q] = uint16_t(doubt);
             any |= doubt;
             if (Wanted != Sums::none)
-                omitted[q] += keep_lanes(~doubt & 0xffffu,
-                                         exp_above(upper, selection[q].reference));
+                omitted[q] += keep_lanes(~doubt & 0xffffu, exp_above(upper, selection[q].reference));
         }
         flagged[flagged_count] = uint16_t(block);
         flagged_count += any != 0;
@@ -441,13 +433,10 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
             const CodedQuery& query = queries[q];
             const f32x16 estimate = refined[i];
             const uint32_t seen = doubts[block][q];
-            const f32x16 band =
-                query.slope8 * residual8 + query.slope8_step * step + query.slack;
+            const f32x16 band = query.slope8 * residual8 + query.slope8_step * step + query.slack;
             const f32x16 decisive = selection[q].keep_upper ? estimate + band : estimate;
-            const uint32_t keep =
-                seen & (mask_ge(decisive, splat(selection[q].threshold)) | uncoded);
-            const uint32_t exact =
-                keep & (mask_ge(decisive, splat(selection[q].exact_from)) | uncoded);
+            const uint32_t keep = seen & (mask_ge(decisive, splat(selection[q].threshold)) | uncoded);
+            const uint32_t exact = keep & (mask_ge(decisive, splat(selection[q].exact_from)) | uncoded);
             const uint32_t left = seen & ~keep, coded = keep & ~exact;
             if (coded | (Wanted != Sums::none ? left : 0)) {
                 const f32x16 every = exp_of(estimate - selection[q].reference);
@@ -505,16 +494,15 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
     }
 }
 
-void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
-            int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries, int count,
-            const Selection* selection, Sums wanted, const float* uppers, size_t stride,
-            KeptKeys* kept, SelectionSums* sums) {
-#define HSR_SELECT(N, WANTED)                                                                    \
-    select_tile<N, WANTED>(high, low, value_parameters, dim, value_dim, blocks, first_key,     \
-                            queries, selection, uppers, stride, kept, sums)
-#define HSR_CASE(N) \
-    case N:                                                      \
-        return wanted == Sums::all      ? HSR_SELECT(N, Sums::all)  \
+void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
+            size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
+            Sums wanted, const float* uppers, size_t stride, KeptKeys* kept, SelectionSums* sums) {
+#define HSR_SELECT(N, WANTED)                                                                                          \
+    select_tile<N, WANTED>(high, low, value_parameters, dim, value_dim, blocks, first_key, queries, selection, uppers, \
+                           stride, kept, sums)
+#define HSR_CASE(N)                                                   \
+    case N:                                                           \
+        return wanted == Sums::all      ? HSR_SELECT(N, Sums::all)    \
                : wanted == Sums::masses ? HSR_SELECT(N, Sums::masses) \
                                         : HSR_SELECT(N, Sums::none);
     switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
@@ -525,16 +513,14 @@ void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parame
 // ------------------------------------------------------------------ values
 
 template <int Count>
-inline void accumulate_tile(const uint8_t* rows, int dim, const KeptKeys* kept,
-                            float* accumulators) {
+inline void accumulate_tile(const uint8_t* rows, int dim, const KeptKeys* kept, float* accumulators) {
     const int groups = (dim + kValueGroup - 1) / kValueGroup;
     const size_t row_bytes = size_t(groups) * 16, capacity = kept->capacity;
     for (int g = 0; g < groups; ++g, rows += 16) {
         const float* scaled = kept->scaled + size_t(g) * kTile * capacity;
         f32x16 sum[Count][2];
         for (int q = 0; q < Count; ++q)
-            for (int h = 0; h < 2; ++h)
-                sum[q][h] = load<f32x16>(accumulators + (size_t(q) * groups + g) * 32 + 16 * h);
+            for (int h = 0; h < 2; ++h) sum[q][h] = load<f32x16>(accumulators + (size_t(q) * groups + g) * 32 + 16 * h);
         for (size_t i = 0; i < kept->count; ++i) {
             const i32x16 bytes = widen_bytes(load<u8x16>(rows + kept->keys[i] * row_bytes));
             const f32x16 first = to_float16lanes(bytes & 15), second = to_float16lanes(bytes >> 4);
@@ -544,13 +530,11 @@ inline void accumulate_tile(const uint8_t* rows, int dim, const KeptKeys* kept,
             }
         }
         for (int q = 0; q < Count; ++q)
-            for (int h = 0; h < 2; ++h)
-                store(accumulators + (size_t(q) * groups + g) * 32 + 16 * h, sum[q][h]);
+            for (int h = 0; h < 2; ++h) store(accumulators + (size_t(q) * groups + g) * 32 + 16 * h, sum[q][h]);
     }
 }
 
-void accumulate_codes(const uint8_t* rows, int dim, const KeptKeys* kept, int count,
-                      float* accumulators) {
+void accumulate_codes(const uint8_t* rows, int dim, const KeptKeys* kept, int count, float* accumulators) {
     switch (count) {
         case 1: return accumulate_tile<1>(rows, dim, kept, accumulators);
         case 2: return accumulate_tile<2>(rows, dim, kept, accumulators);
@@ -565,13 +549,10 @@ float dot(Dtype dtype, const void* row, const float* query, int dim) {
     f32x16 sum[2] = {};
     int at = 0;
     for (; at + 32 <= dim; at += 32)
-        for (int h = 0; h < 2; ++h)
-            sum[h] += load_row(dtype, row, at + 16 * h) * load<f32x16>(query + at + 16 * h);
-    for (; at + 16 <= dim; at += 16)
-        sum[0] += load_row(dtype, row, at) * load<f32x16>(query + at);
+        for (int h = 0; h < 2; ++h) sum[h] += load_row(dtype, row, at + 16 * h) * load<f32x16>(query + at + 16 * h);
+    for (; at + 16 <= dim; at += 16) sum[0] += load_row(dtype, row, at) * load<f32x16>(query + at);
     if (at < dim)
-        sum[1] += load_row_part(dtype, row, at, dim - at) *
-                  load_row_part(Dtype::float32, query, at, dim - at);
+        sum[1] += load_row_part(dtype, row, at, dim - at) * load_row_part(Dtype::float32, query, at, dim - at);
     return sum_of(sum[0] + sum[1]);
 }
 
@@ -586,8 +567,7 @@ inline void add_products64(f64x8& a, f64x8& b, f32x16 x, f32x16 y) {
 double dot64(Dtype dtype, const void* row, const float* query, int dim) {
     f64x8 a = {}, b = {};
     int at = 0;
-    for (; at + 16 <= dim; at += 16)
-        add_products64(a, b, load_row(dtype, row, at), load<f32x16>(query + at));
+    for (; at + 16 <= dim; at += 16) add_products64(a, b, load_row(dtype, row, at), load<f32x16>(query + at));
     if (at < dim)
         add_products64(a, b, load_row_part(dtype, row, at, dim - at),
                        load_row_part(Dtype::float32, query, at, dim - at));
@@ -608,9 +588,8 @@ void axpy(Dtype dtype, const void* row, float weight, int dim, float* accumulato
 // ------------------------------------------------------------------ the flat index
 
 template <int Count>
-inline void flat_tile(Dtype dtype, const void* blocks, int dim, size_t block_count,
-                      const float* queries, const float* thresholds, uint16_t* masks,
-                      size_t stride) {
+inline void flat_tile(Dtype dtype, const void* blocks, int dim, size_t block_count, const float* queries,
+                      const float* thresholds, uint16_t* masks, size_t stride) {
     const uint8_t* block = (const uint8_t*)blocks;
     const size_t bytes = size_t(dim) * 16 * (dtype == Dtype::float32 ? 4 : 2);
     for (size_t b = 0; b < block_count; ++b, block += bytes) {
@@ -624,15 +603,14 @@ inline void flat_tile(Dtype dtype, const void* blocks, int dim, size_t block_cou
             }
         }
         if (j < dim)
-            for (int q = 0; q < Count; ++q)
-                even[q] += load_row(dtype, block, 16 * j) * queries[q * dim + j];
+            for (int q = 0; q < Count; ++q) even[q] += load_row(dtype, block, 16 * j) * queries[q * dim + j];
         for (int q = 0; q < Count; ++q)
             masks[q * stride + b] = uint16_t(mask_not_less(even[q] + odd[q], splat(thresholds[q])));
     }
 }
 
-void flat_masks(Dtype dtype, const void* blocks, int dim, size_t block_count, const float* queries,
-                int count, const float* thresholds, uint16_t* masks, size_t stride) {
+void flat_masks(Dtype dtype, const void* blocks, int dim, size_t block_count, const float* queries, int count,
+                const float* thresholds, uint16_t* masks, size_t stride) {
 #define HSR_CASE(N) \
     case N: return flat_tile<N>(dtype, blocks, dim, block_count, queries, thresholds, masks, stride);
     switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
@@ -665,10 +643,10 @@ namespace HSR_LEVEL {
 
 const Kernels& table();
 const Kernels& table() {
-    static const Kernels all = {
-        HSR_TEXT(HSR_LEVEL), to_float, rotate,  code_keys, code_value,
-        scan, scan_mass, exp_into, mass_below, sum_exp,  refine,  select,    accumulate_codes, bounds,
-        dot,                 dot64,    axpy,    flat_masks, flat_block64, count_from};
+    static const Kernels all = {HSR_TEXT(HSR_LEVEL), to_float,  rotate,     code_keys, code_value, scan,
+                                scan_mass,           exp_into,  mass_below, sum_exp,   refine,     select,
+                                accumulate_codes,    bounds,    dot,        dot64,     axpy,       flat_masks,
+                                flat_block64,        count_from};
     return all;
 }
 

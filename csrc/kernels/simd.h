@@ -46,9 +46,7 @@ inline float max_of_lanes(f32x16 x) {
     return best;
 }
 
-inline f32x16 from_bfloat16(u16x16 bits) {
-    return (f32x16)(__builtin_convertvector(bits, u32x16) << 16);
-}
+inline f32x16 from_bfloat16(u16x16 bits) { return (f32x16)(__builtin_convertvector(bits, u32x16) << 16); }
 // Smallest bfloat16 >= x, for x >= 0 (and +inf).
 inline uint16_t bfloat16_up(float x) {
     uint32_t bits;
@@ -71,15 +69,9 @@ inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
 }
 // As dot4, for codes of 8 bits.
 inline i32x16 dot4_byte(i32x16 sum, u8x64 codes, int32_t digits) { return dot4(sum, codes, digits); }
-inline uint32_t mask_ge(f32x16 a, f32x16 b) {
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
-}
-inline uint32_t mask_not_less(f32x16 a, f32x16 b) {
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
-}
-inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
-    return (f32x16)_mm512_maskz_mov_ps((__mmask16)mask, (__m512)x);
-}
+inline uint32_t mask_ge(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
+inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ); }
+inline f32x16 keep_lanes(uint32_t mask, f32x16 x) { return (f32x16)_mm512_maskz_mov_ps((__mmask16)mask, (__m512)x); }
 // Lanes under the mask, moved together; writes 16 lanes (a full store is faster than a masked one).
 inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)mask, (__m512i)values));
@@ -140,9 +132,7 @@ inline u8x64 high_nibbles_scaled(u8x64 x) { return high_nibbles(x); }
 inline u8x64 join_low_nibbles(u8x64 high, u8x64 low) {
     return (u8x64)(((u16x32)high << 4) & (uint16_t)0xf0f0) | low_nibbles(low);
 }
-inline u8x64 join_high_nibbles(u8x64 high, u8x64 low) {
-    return (high & (uint8_t)0xf0) | high_nibbles(low);
-}
+inline u8x64 join_high_nibbles(u8x64 high, u8x64 low) { return (high & (uint8_t)0xf0) | high_nibbles(low); }
 
 #if defined(__AVX2__)
 // Products of a code <= 15 and a digit >= -127: a pair sums to at most 2 * 15 * 127 = 3810 < 32767,
@@ -153,8 +143,7 @@ inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
     __builtin_memcpy(s, &sum, 64);
     const __m256i q = _mm256_set1_epi32(digits), ones = _mm256_set1_epi16(1);
     for (int half = 0; half < 2; ++half)
-        s[half] = _mm256_add_epi32(
-            s[half], _mm256_madd_epi16(_mm256_maddubs_epi16(c[half], q), ones));
+        s[half] = _mm256_add_epi32(s[half], _mm256_madd_epi16(_mm256_maddubs_epi16(c[half], q), ones));
     __builtin_memcpy(&sum, s, 64);
     return sum;
 }
@@ -175,8 +164,8 @@ inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
     const u32x16 w = (u32x16)c;
     const i32x16 q0 = splat(int32_t(int8_t(digits))), q1 = splat(int32_t(int8_t(digits >> 8))),
                  q2 = splat(int32_t(int8_t(digits >> 16))), q3 = splat(int32_t(int8_t(digits >> 24)));
-    return sum + (i32x16)(w & 0xff) * q0 + (i32x16)((w >> 8) & 0xff) * q1 +
-           (i32x16)((w >> 16) & 0xff) * q2 + (i32x16)(w >> 24) * q3;
+    return sum + (i32x16)(w & 0xff) * q0 + (i32x16)((w >> 8) & 0xff) * q1 + (i32x16)((w >> 16) & 0xff) * q2 +
+           (i32x16)(w >> 24) * q3;
 }
 inline i32x16 dot4_byte(i32x16 sum, u8x64 codes, int32_t digits) { return dot4(sum, codes, digits); }
 inline f32x16 from_float16(u16x16 bits) {

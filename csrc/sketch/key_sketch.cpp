@@ -38,8 +38,8 @@ void KeySketch::code_block(const RowStore& rows, int head, size_t block) {
         if (norms[key] <= 1e30) largest_norm_ = std::max(largest_norm_, norms[key]);
         kernels().rotate(rotation_->matrix.data(), dim_, row, 1, rotated + key * wide);
     }
-    kernels().code_keys(dim_, rotated, norms, rotation_->relative_slack,
-                        high_.data() + block * high_stride(dim_), low_.data() + block * low_stride(dim_));
+    kernels().code_keys(dim_, rotated, norms, rotation_->relative_slack, high_.data() + block * high_stride(dim_),
+                        low_.data() + block * low_stride(dim_));
     uint16_t steps[kBlock], residuals4[kBlock], residuals8[kBlock];
     const uint8_t* parameters = high_.data() + block * high_stride(dim_) + code_bytes(dim_);
     std::memcpy(steps, parameters, sizeof steps);

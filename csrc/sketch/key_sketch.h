@@ -58,8 +58,7 @@ struct PreparedQuery {
     alignas(64) int8_t low[kMaxHeadDim];
     CodedQuery coded;
 
-    void prepare(const KeySketch& sketch, const float* query, double norm, double scale,
-                 bool scale_by_norm);
+    void prepare(const KeySketch& sketch, const float* query, double norm, double scale, bool scale_by_norm);
 };
 
 double norm_of(const float* x, int dim);

@@ -11,8 +11,7 @@ void ValueSketch::code(const RowStore& values, int head, size_t until) {
     for (; coded_ < until; ++coded_) {
         kernels().to_float(values.dtype(), values.row(coded_, head), row, size_t(dim_));
         kernels().code_value(dim_, row, rows_.data() + coded_ * value_row_bytes(dim_),
-                             parameters_.data() + coded_ / kBlock * value_parameter_bytes(dim_) +
-                                 coded_ % kBlock * 2);
+                             parameters_.data() + coded_ / kBlock * value_parameter_bytes(dim_) + coded_ % kBlock * 2);
     }
 }
 

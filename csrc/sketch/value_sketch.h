@@ -14,16 +14,13 @@ class ValueSketch {
 public:
     explicit ValueSketch(int dim)
         : least_(size_t(dim), std::numeric_limits<float>::infinity()),
-          most_(size_t(dim), -std::numeric_limits<float>::infinity()), dim_(dim) {}
+          most_(size_t(dim), -std::numeric_limits<float>::infinity()),
+          dim_(dim) {}
 
     size_t coded() const { return coded_; }
-    size_t nbytes() const {
-        return coded_ * value_row_bytes(dim_) + coded_ / kBlock * value_parameter_bytes(dim_);
-    }
+    size_t nbytes() const { return coded_ * value_row_bytes(dim_) + coded_ / kBlock * value_parameter_bytes(dim_); }
     const uint8_t* rows() const { return rows_.data(); }
-    const uint8_t* parameters(size_t block) const {
-        return parameters_.data() + block * value_parameter_bytes(dim_);
-    }
+    const uint8_t* parameters(size_t block) const { return parameters_.data() + block * value_parameter_bytes(dim_); }
     // Per coordinate, over every value ever appended (cropped ones too: still a bound).
     const std::vector<float>& least() const { return least_; }
     const std::vector<float>& most() const { return most_; }

@@ -7,8 +7,7 @@ namespace hsr {
 
 void TokenArray::read(int64_t b, int64_t h, int64_t t, float* row) const {
     const auto* first = static_cast<const uint8_t*>(data) +
-                        (b * batch_stride + h * head_stride + t * token_stride) *
-                            int64_t(item_size(dtype));
+                        (b * batch_stride + h * head_stride + t * token_stride) * int64_t(item_size(dtype));
     if (dim_stride == 1 || dim == 1) {
         kernels().to_float(dtype, first, row, size_t(dim));
         return;
@@ -65,9 +64,9 @@ void RowStore::append(const TokenArray& array) {
     for (int64_t t = 0; t < array.tokens; ++t)
         for (int64_t b = 0; b < array.batch; ++b)
             for (int64_t h = 0; h < array.heads; ++h, to += row_bytes_) {
-                const auto* from = static_cast<const uint8_t*>(array.data) +
-                                   (b * array.batch_stride + h * array.head_stride +
-                                    t * array.token_stride) * int64_t(item);
+                const auto* from =
+                    static_cast<const uint8_t*>(array.data) +
+                    (b * array.batch_stride + h * array.head_stride + t * array.token_stride) * int64_t(item);
                 if (plain) {
                     std::memcpy(to, from, row_bytes_);
                 } else {
@@ -94,8 +93,7 @@ void RowStore::keep(const size_t* tokens, size_t count) {
     auto moved = std::make_shared<Buffer>();
     moved->reserve(count * token_bytes());
     for (size_t i = 0; i < count; ++i)
-        std::memcpy(moved->data() + i * token_bytes(), buffer_->data() + tokens[i] * token_bytes(),
-                    token_bytes());
+        std::memcpy(moved->data() + i * token_bytes(), buffer_->data() + tokens[i] * token_bytes(), token_bytes());
     buffer_ = std::move(moved);
     size_ = count;
 }

@@ -175,7 +175,7 @@ def thresholds(array: ArrayLike, m: int) -> NDArray[np.float64]:
     return values
 
 
-def attention_thresholds(array: Any, shape: tuple[int, int, int]) -> NDArray[np.float64]:
+def attention_thresholds(array: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Check thresholds in logit units and spread them over ``shape`` = (batch, heads, m).
 
     A scalar, one for each head ``[heads]``, or one for each query: anything that broadcasts to

@@ -257,5 +257,3 @@ def _native_settings(policy: Policy) -> dict[str, Any]:
 
 def _reads_value_codes(policy: Policy) -> bool:
     return isinstance(policy, SoftmaxPolicy) and policy.tail == "sketch"
-
-

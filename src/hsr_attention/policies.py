@@ -57,7 +57,9 @@ class SoftmaxPolicy:
     def __post_init__(self) -> None:
         given = [n for n in ("epsilon", "top_r", "threshold") if getattr(self, n) is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of epsilon, top_r and threshold, got {' and '.join(given)}")
+            raise ValueError(
+                f"give one of epsilon, top_r and threshold, got {' and '.join(given)}"
+            )
         if not given:
             object.__setattr__(self, "epsilon", DEFAULT_EPSILON)
         if self.epsilon is not None:

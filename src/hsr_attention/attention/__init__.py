@@ -1,0 +1,1 @@
+"""Attention over reported keys: softmax, ReLU, the certificate, and the float64 reference."""

@@ -222,7 +222,9 @@ def _check(
         "density": float(np.mean([c.density.mean() for c in certificates])),
         "work": work,
         "dense_relative_error": {
-            name: _dense_error(path, queries, exact) for name, path in paths.items() if name not in OURS
+            name: _dense_error(path, queries, exact)
+            for name, path in paths.items()
+            if name not in OURS
         },
         "bytes_hsr": bytes_read(work, heads),
         "bytes_dense": sum(x.numel() * x.element_size() for x in (heads.k, heads.v)),

@@ -1,0 +1,1 @@
+"""Half-space reporting indexes: one file a structure, one protocol (``base.HalfspaceIndex``)."""
