@@ -1,0 +1,221 @@
+#include "tree/static_index.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace hsr::tree {
+
+Query::Query(const float* coordinates, int dim) : q(coordinates, coordinates + dim), magnitude(size_t(dim)) {
+    for (int j = 0; j < dim; ++j) {
+        magnitude[size_t(j)] = std::fabs(q[size_t(j)]);
+        norm1 += magnitude[size_t(j)];
+        norm2 += q[size_t(j)] * q[size_t(j)];
+    }
+    norm2 = std::sqrt(norm2);
+}
+
+double Best::threshold() const {
+    return full() && r_ ? heap_.front().score : -std::numeric_limits<double>::infinity();
+}
+
+size_t Best::above(double score) const {
+    size_t count = 0;
+    for (const Entry& entry : heap_) count += entry.score > score;
+    return count;
+}
+
+void Best::offer(double score, int64_t id) {
+    const Entry entry{score, id};
+    if (!full()) {
+        heap_.push_back(entry);
+        std::push_heap(heap_.begin(), heap_.end(), better);
+    } else if (r_ && better(entry, heap_.front())) {
+        std::pop_heap(heap_.begin(), heap_.end(), better);
+        heap_.back() = entry;
+        std::push_heap(heap_.begin(), heap_.end(), better);
+    }
+}
+
+void Best::write(Rows& rows) {
+    std::sort(heap_.begin(), heap_.end(), [](const Entry& a, const Entry& b) { return a.id < b.id; });
+    for (const Entry& entry : heap_) {
+        rows.ids.push(entry.id);
+        rows.scores.push(float(entry.score));
+    }
+    heap_.clear();
+}
+
+std::vector<float> blocked(int dim, const float* keys, const int32_t* order, int64_t count) {
+    std::vector<float> blocks(block_count(count) * size_t(dim) * kLanes, std::numeric_limits<float>::quiet_NaN());
+    for (int64_t p = 0; p < count; ++p) {
+        const float* key = keys + (order ? order[p] : p) * dim;
+        float* lane = blocks.data() + p / kLanes * kLanes * dim + p % kLanes;
+        for (int j = 0; j < dim; ++j) lane[j * kLanes] = key[j];
+    }
+    return blocks;
+}
+
+void sort_hits(Growable<PackedHit>& hits, Growable<PackedHit>& spare, int64_t positions) {
+    const size_t n = hits.size();
+    constexpr size_t kSmall = 192;  // measured: below, comparing is faster than two or three passes
+    if (n < kSmall) {
+        std::sort(hits.data(), hits.data() + n);
+        return;
+    }
+    int bits = 1;
+    while ((int64_t(1) << bits) < positions) ++bits;
+    const int digit = n > 4096 || bits <= 8 ? 11 : 8;
+    const int passes = (bits + digit - 1) / digit, width = (bits + passes - 1) / passes;
+    spare.resize(n);
+    PackedHit *from = hits.data(), *to = spare.data();
+    for (int pass = 0; pass < passes; ++pass) {
+        const int shift = 32 + pass * width;
+        const uint64_t mask = (uint64_t(1) << width) - 1;
+        uint32_t starts[2049] = {};
+        for (size_t i = 0; i < n; ++i) ++starts[(from[i] >> shift & mask) + 1];
+        for (uint64_t v = 1; v <= mask; ++v) starts[v] += starts[v - 1];
+        for (size_t i = 0; i < n; ++i) to[starts[from[i] >> shift & mask]++] = from[i];
+        std::swap(from, to);
+    }
+    if (from != hits.data()) std::swap(hits, spare);
+    hits.resize(n);
+}
+
+StaticIndex::StaticIndex(int dim, int64_t size, const float* keys, const int64_t* ids)
+    : dim_(dim), size_(size), live_(size), blocks_(blocked(dim, keys, nullptr, size)) {
+    if (!size) return;
+    first_id_ = ids[0];
+    contiguous_ = ids[size - 1] - ids[0] == size - 1;
+    if (!contiguous_) ids_.assign(ids, ids + size);
+}
+
+int64_t StaticIndex::find(int64_t id) const {
+    int64_t position = id - first_id_;
+    if (!contiguous_) {
+        const auto at = std::lower_bound(ids_.begin(), ids_.end(), id);
+        if (at == ids_.end() || *at != id) return -1;
+        position = at - ids_.begin();
+    }
+    return position < 0 || position >= size_ || dead(position) ? -1 : position;
+}
+
+void StaticIndex::key(int64_t position, float* out) const {
+    const float* lane = blocks_.data() + position / kLanes * kLanes * dim_ + position % kLanes;
+    for (int j = 0; j < dim_; ++j) out[j] = lane[j * kLanes];
+}
+
+void StaticIndex::copy_live(float* keys, int64_t* ids) const {
+    for (int64_t p = 0; p < size_; ++p) {
+        if (dead(p)) continue;
+        key(p, keys);
+        keys += dim_;
+        *ids++ = id(p);
+    }
+}
+
+void StaticIndex::append(const float* key) {
+    if (size_ % kLanes == 0)
+        blocks_.insert(blocks_.end(), size_t(dim_) * kLanes, std::numeric_limits<float>::quiet_NaN());
+    float* lane = blocks_.data() + size_ / kLanes * kLanes * dim_ + size_ % kLanes;
+    for (int j = 0; j < dim_; ++j) lane[j * kLanes] = key[j];
+    if (!dead_.empty()) dead_.push_back(0);
+    ++size_;
+    ++live_;
+}
+
+void StaticIndex::erase(int64_t position) {
+    if (dead_.empty()) dead_.resize(size_t(size_));
+    dead_[size_t(position)] = 1;
+    --live_;
+}
+
+int64_t StaticIndex::nbytes() const {
+    return int64_t(ids_.size() * sizeof(int64_t) + blocks_.size() * sizeof(float) + dead_.size());
+}
+
+void StaticIndex::report(const Query& query, double threshold, Rows& rows) const {
+    constexpr int64_t kChunk = 4096;
+    rows.counters.scored += size_;
+    for (int64_t begin = 0; begin < size_; begin += kChunk) {
+        const int64_t end = std::min(size_, begin + kChunk);
+        int64_t* ids = rows.ids.room(kChunk);
+        float* scores = rows.scores.room(kChunk);
+        size_t found = kernels().scan_rows(blocks_.data(), dim_, begin, end, query.q.data(), threshold,
+                                           contiguous_ ? first_id_ : 0, ids, scores);
+        if (!contiguous_ || any_dead()) {
+            size_t kept = 0;
+            for (size_t i = 0; i < found; ++i) {
+                const int64_t position = contiguous_ ? ids[i] - first_id_ : ids[i];
+                if (dead(position)) continue;
+                ids[kept] = id(position);
+                scores[kept++] = scores[i];
+            }
+            found = kept;
+        }
+        rows.ids.added(found);
+        rows.scores.added(found);
+    }
+}
+
+int64_t StaticIndex::count(const Query& query, double threshold, Rows& rows) const {
+    rows.counters.scored += size_;
+    if (!any_dead()) return kernels().count(blocks_.data(), dim_, 0, size_, query.q.data(), threshold);
+    rows.scratch.clear();
+    PackedHit* hits = rows.scratch.room(size_t(size_));
+    rows.scratch.added(
+        kernels().scan(blocks_.data(), dim_, 0, size_, query.q.data(), threshold, nullptr, hits));
+    return count_live(rows);
+}
+
+void StaticIndex::top(const Query& query, Best& best, Counters& counters) const {
+    offer_range(blocks_.data(), nullptr, 0, size_, query, best, counters);
+}
+
+void StaticIndex::append_sorted(Rows& rows) const {
+    sort_hits(rows.scratch, rows.sorted, size_);
+    const size_t n = rows.scratch.size();
+    const PackedHit* hits = rows.scratch.data();
+    int64_t* ids = rows.ids.room(n);
+    float* scores = rows.scores.room(n);
+    size_t kept = 0;
+    int64_t previous = -1;
+    for (size_t i = 0; i < n; ++i) {
+        const int64_t position = int64_t(hits[i] >> 32);
+        const uint32_t bits = uint32_t(hits[i]);
+        ids[kept] = id(position);
+        __builtin_memcpy(scores + kept, &bits, 4);
+        kept += position != previous && !dead(position);
+        previous = position;
+    }
+    rows.ids.added(kept);
+    rows.scores.added(kept);
+}
+
+int64_t StaticIndex::count_live(const Rows& rows) const {
+    if (!any_dead()) return int64_t(rows.scratch.size());
+    int64_t live = 0;
+    for (size_t i = 0; i < rows.scratch.size(); ++i) live += !dead(int64_t(rows.scratch.data()[i] >> 32));
+    return live;
+}
+
+void StaticIndex::offer_range(const float* blocks, const int32_t* positions, int64_t begin, int64_t end,
+                              const Query& query, Best& best, Counters& counters) const {
+    constexpr int64_t kChunk = 256;
+    double scores[kChunk];
+    counters.scored += end - begin;
+    for (int64_t first = begin / kLanes * kLanes; first < end; first += kChunk) {
+        const int64_t last = std::min(end, first + kChunk);
+        kernels().score(blocks, dim_, first, last, query.q.data(), scores);
+        double threshold = best.threshold();
+        for (int64_t p = std::max(first, begin); p < last; ++p) {
+            if (!(scores[p - first] >= threshold)) continue;
+            const int64_t position = positions ? positions[p] : p;
+            if (dead(position)) continue;
+            best.offer(scores[p - first], id(position));
+            threshold = best.threshold();
+        }
+    }
+}
+
+}  // namespace hsr::tree
