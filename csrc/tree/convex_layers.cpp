@@ -10,9 +10,9 @@
 namespace hsr::tree {
 namespace {
 
-constexpr int32_t kLeaf = 32;     // points that are scanned without a layer
-constexpr int32_t kScanned = 32;  // vertices of a layer that are scanned
-constexpr int kLayers = 4;        // most layers in a node
+constexpr int32_t kLeaf = 128;     // points that are scanned without a layer
+constexpr int32_t kScanned = 64;  // vertices of a layer that are scanned
+constexpr int kLayers = 6;        // most layers in a node
 constexpr int32_t kSampled = 4;   // every kSampled-th entry of a child's catalogue is in its parent's
 constexpr double kScanShare = 0.15, kHitCost = 4.0, kNodeCost = 25.0, kKeyCost = 0.7;  // see partition_tree.cpp
 
@@ -236,15 +236,18 @@ bool ConvexLayers::collect(const Query& query, double threshold, Rows& rows) con
         ++rows.counters.nodes;
         bool open;
         if (!node.searched) {
-            PackedHit* room = rows.scratch.room(size_t(node.end - node.begin));
-            size_t found = kernels().scan(blocks_.data(), 2, node.begin, node.end, query.q.data(), threshold,
-                                          order_.data(), room);
-            rows.scratch.added(found);
+            const auto take = [&](int64_t begin, int64_t end) {
+                const size_t found = kernels().scan(blocks_.data(), 2, begin, end, query.q.data(), threshold,
+                                                    order_.data(), rows.scratch.room(size_t(end - begin)));
+                rows.scratch.added(found);
+                budget -= kHitCost * double(found);
+                return found;
+            };
+            const size_t innermost = take(node.inner, node.end);
+            if (node.inner > node.begin) take(node.begin, node.inner);
             rows.counters.scored += node.end - node.begin;
-            budget -= kNodeCost + kHitCost * double(found);
-            open = found && node.child[0] >= 0;
-            if (open && node.inner > node.begin)
-                open = kernels().count(blocks_.data(), 2, node.inner, node.end, query.q.data(), threshold) > 0;
+            budget -= kNodeCost;
+            open = innermost > 0;
         } else {
             const int64_t start = extreme(node, visit.entry, query), n = node.end - node.begin;
             int64_t walked = 0;

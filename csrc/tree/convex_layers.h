@@ -60,7 +60,7 @@ private:
     Link link(const Node& node, int32_t entry) const;
 
     std::vector<Node> nodes_;
-    std::vector<float> blocks_;      // the points by node, in blocks of 8
+    Floats blocks_;      // the points by node, in blocks of 8
     std::vector<int32_t> order_;     // position in the order of ids of each of them, -1 for padding
     std::vector<double> angles_;     // the catalogues
     std::vector<Link> links_;        // one more a node than entries: below everything

@@ -1,5 +1,5 @@
-// A growing array of plain values that never writes what its user will write, and whose memory can be handed
-// over (release) to be freed with std::free.
+// Memory of the indexes: vectors of floats that start at a cache line; and a growing array of plain values that
+// never writes what its user will write, and whose memory can be handed over (release), to be freed with std::free.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,23 @@
 #include <new>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace hsr::tree {
+
+// A block of 8 keys is whole cache lines when it starts at one.
+template <class T>
+struct LineAligned {
+    using value_type = T;
+    LineAligned() = default;
+    template <class U>
+    LineAligned(const LineAligned<U>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t(64)); }
+    bool operator==(const LineAligned&) const { return true; }
+    bool operator!=(const LineAligned&) const { return false; }
+};
+using Floats = std::vector<float, LineAligned<float>>;
 
 template <class T>
 class Growable {

@@ -228,7 +228,7 @@ struct PartitionTree::Bounds {
 };
 
 PartitionTree::Bounds PartitionTree::bound(const Node& node, size_t index, const Query& query) const {
-    double middle[kFan], spread[kFan];
+    double middle[kFan] = {}, spread[kFan] = {};
     kernels().bounds(volumes(index), dim(), query.q.data(), query.magnitude.data(), query.norm2, middle, spread);
     Bounds result{};
     const double slack = slack_ * query.norm1;

@@ -59,10 +59,10 @@ private:
     int leaf_size_;
     double slack_ = 0;  // rounding of bounds and scores, a unit of |q|_1
     std::vector<Node> nodes_;      // the root first
-    std::vector<float> volumes_;   // a node's boxes and balls, see Kernels::bounds
+    Floats volumes_;   // a node's boxes and balls, see Kernels::bounds
     std::vector<Frame> frames_;    // of the nodes cut by an equipartition
     std::vector<int32_t> order_;   // position in the order of ids of each tree position
-    std::vector<float> leaves_;    // the keys in tree order, in blocks
+    Floats leaves_;    // the keys in tree order, in blocks
     std::vector<int32_t> place_;   // inverse of order_, made by the first deletion
 };
 

@@ -83,7 +83,7 @@ void ShallowCutting::add_level(int64_t sample, int64_t facets, const int32_t* si
             key(list[i].second, row_keys.data() + i * d);
             level.positions.push_back(list[i].second);
         }
-        const std::vector<float> blocks = blocked(dim(), row_keys.data(), nullptr, int64_t(list.size()));
+        const Floats blocks = blocked(dim(), row_keys.data(), nullptr, int64_t(list.size()));
         level.keys.insert(level.keys.end(), blocks.begin(), blocks.end());
         while (level.positions.size() % kLanes) level.positions.push_back(-1);
         level.list_size.push_back(int32_t(list.size()));

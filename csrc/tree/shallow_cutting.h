@@ -50,7 +50,7 @@ private:
         std::vector<int64_t> list;          // [facets + 1] into the lists, multiples of 8
         std::vector<int32_t> list_size;     // [facets]
         std::vector<int32_t> next_sample;   // [facets], how many of the list are in the next sample: they come first
-        std::vector<float> keys;            // the lists' keys in blocks
+        Floats keys;            // the lists' keys in blocks
         std::vector<int32_t> positions;     // and their positions
     };
     // d facets around the extreme vertex, and the bound of the score of any key in none of their lists.

@@ -15,39 +15,33 @@ Query::Query(const float* coordinates, int dim) : q(coordinates, coordinates + d
     norm2 = std::sqrt(norm2);
 }
 
-double Best::threshold() const {
-    return full() && r_ ? heap_.front().score : -std::numeric_limits<double>::infinity();
-}
-
 size_t Best::above(double score) const {
     size_t count = 0;
-    for (const Entry& entry : heap_) count += entry.score > score;
+    for (const Entry& entry : held_) count += entry.score > score;
     return count;
 }
 
-void Best::offer(double score, int64_t id) {
-    const Entry entry{score, id};
-    if (!full()) {
-        heap_.push_back(entry);
-        std::push_heap(heap_.begin(), heap_.end(), better);
-    } else if (r_ && better(entry, heap_.front())) {
-        std::pop_heap(heap_.begin(), heap_.end(), better);
-        heap_.back() = entry;
-        std::push_heap(heap_.begin(), heap_.end(), better);
-    }
+// Keeps the r best (of at least r) and takes the last of them as the threshold.
+void Best::cut() {
+    const auto last = held_.begin() + std::ptrdiff_t(r_ - 1);
+    std::nth_element(held_.begin(), last, held_.end(), [](const Entry& a, const Entry& b) {
+        return a.score > b.score || (a.score == b.score && a.id < b.id);
+    });
+    threshold_ = last->score;
+    held_.resize(r_);
 }
 
 void Best::write(Rows& rows) {
-    std::sort(heap_.begin(), heap_.end(), [](const Entry& a, const Entry& b) { return a.id < b.id; });
-    for (const Entry& entry : heap_) {
+    if (held_.size() > r_) cut();
+    std::sort(held_.begin(), held_.end(), [](const Entry& a, const Entry& b) { return a.id < b.id; });
+    for (const Entry& entry : held_) {
         rows.ids.push(entry.id);
         rows.scores.push(float(entry.score));
     }
-    heap_.clear();
 }
 
-std::vector<float> blocked(int dim, const float* keys, const int32_t* order, int64_t count) {
-    std::vector<float> blocks(block_count(count) * size_t(dim) * kLanes, std::numeric_limits<float>::quiet_NaN());
+Floats blocked(int dim, const float* keys, const int32_t* order, int64_t count) {
+    Floats blocks(block_count(count) * size_t(dim) * kLanes, std::numeric_limits<float>::quiet_NaN());
     for (int64_t p = 0; p < count; ++p) {
         const float* key = keys + (order ? order[p] : p) * dim;
         float* lane = blocks.data() + p / kLanes * kLanes * dim + p % kLanes;
@@ -56,17 +50,50 @@ std::vector<float> blocked(int dim, const float* keys, const int32_t* order, int
     return blocks;
 }
 
+namespace {
+
+// Few hits: one counting pass over as many buckets as hits puts ids that are spread evenly almost in order, and
+// insertion ends it. Falls back to comparing when a bucket is full, so the order of ids cannot make it slow.
+bool sort_few(PackedHit* hits, size_t n, PackedHit* spare) {
+    constexpr size_t kBuckets = 256, kFull = 12;
+    uint64_t low = hits[0], high = hits[0];
+    for (size_t i = 1; i < n; ++i) {
+        low = hits[i] < low ? hits[i] : low;
+        high = hits[i] > high ? hits[i] : high;
+    }
+    low >>= 32;
+    const uint64_t span = (high >> 32) - low;
+    int shift = 32;
+    while (span >> (shift - 32) >= kBuckets) ++shift;
+    uint8_t starts[kBuckets + 1] = {};
+    const uint64_t base = low << 32;
+    for (size_t i = 0; i < n; ++i)
+        if (++starts[((hits[i] - base) >> shift) + 1] > kFull) return false;
+    const size_t buckets = size_t(span >> (shift - 32)) + 1;
+    for (size_t v = 1; v < buckets; ++v) starts[v] = uint8_t(starts[v] + starts[v - 1]);
+    for (size_t i = 0; i < n; ++i) spare[starts[(hits[i] - base) >> shift]++] = hits[i];
+    for (size_t i = 0; i < n; ++i) {
+        const PackedHit hit = spare[i];
+        size_t at = i;
+        for (; at && hits[at - 1] > hit; --at) hits[at] = hits[at - 1];
+        hits[at] = hit;
+    }
+    return true;
+}
+
+}  // namespace
+
 void sort_hits(Growable<PackedHit>& hits, Growable<PackedHit>& spare, int64_t positions) {
     const size_t n = hits.size();
-    constexpr size_t kSmall = 192;  // measured: below, comparing is faster than two or three passes
-    if (n < kSmall) {
-        std::sort(hits.data(), hits.data() + n);
+    constexpr size_t kTiny = 16, kFew = 250;
+    if (n <= kFew) {
+        spare.clear();
+        if (n <= kTiny || !sort_few(hits.data(), n, spare.room(n))) std::sort(hits.data(), hits.data() + n);
         return;
     }
     int bits = 1;
     while ((int64_t(1) << bits) < positions) ++bits;
-    const int digit = n > 4096 || bits <= 8 ? 11 : 8;
-    const int passes = (bits + digit - 1) / digit, width = (bits + passes - 1) / passes;
+    const int passes = (bits + 10) / 11, width = (bits + passes - 1) / passes;
     spare.resize(n);
     PackedHit *from = hits.data(), *to = spare.data();
     for (int pass = 0; pass < passes; ++pass) {

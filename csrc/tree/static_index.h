@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -34,17 +35,21 @@ struct Rows {
     Counters counters;
 };
 
-// The r best keys so far: larger scores first, among equal scores lower ids.
+// The r best keys so far: larger scores first, among equal scores lower ids. A quarter more than r are held
+// before the worst are cut off, so an offer costs O(1) amortised.
 class Best {
 public:
-    explicit Best(size_t r) : r_(r) {}
-    bool full() const { return heap_.size() >= r_; }
-    size_t missing() const { return r_ - heap_.size(); }
+    explicit Best(size_t r) : r_(r), room_(r + r / 4 + 16) {}
     size_t wanted() const { return r_; }
-    size_t above(double score) const;  // how many are larger
-    // No score below this can enter.
-    double threshold() const;
-    void offer(double score, int64_t id);
+    bool full() const { return held_.size() >= r_; }
+    size_t missing() const { return full() ? 0 : r_ - held_.size(); }
+    size_t above(double score) const;  // how many held are larger
+    // No score below this can be among the r best.
+    double threshold() const { return threshold_; }
+    void offer(double score, int64_t id) {
+        held_.push_back({score, id});
+        if (held_.size() == r_ || held_.size() == room_) cut();
+    }
     void write(Rows& rows);  // appends one row, ids ascending
 
 private:
@@ -52,11 +57,10 @@ private:
         double score;
         int64_t id;
     };
-    static bool better(const Entry& a, const Entry& b) {
-        return a.score > b.score || (a.score == b.score && a.id < b.id);
-    }
-    size_t r_;
-    std::vector<Entry> heap_;  // the worst on top
+    void cut();
+    size_t r_, room_;
+    double threshold_ = -std::numeric_limits<double>::infinity();
+    std::vector<Entry> held_;
 };
 
 class StaticIndex {
@@ -101,12 +105,12 @@ private:
     int64_t size_, live_, first_id_ = 0;
     bool contiguous_ = true;
     std::vector<int64_t> ids_;     // empty when contiguous
-    std::vector<float> blocks_;    // in the order of ids
+    Floats blocks_;    // in the order of ids
     std::vector<uint8_t> dead_;    // empty until the first deletion
 };
 
 // Keys permuted into blocks of 8 (see kernels.h): position p holds keys[order[p]].
-std::vector<float> blocked(int dim, const float* keys, const int32_t* order, int64_t count);
+Floats blocked(int dim, const float* keys, const int32_t* order, int64_t count);
 
 // Sorts by the position in the high half; `spare` is scratch. Radix sort, least significant digit first.
 void sort_hits(Growable<PackedHit>& hits, Growable<PackedHit>& spare, int64_t positions);
