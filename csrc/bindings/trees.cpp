@@ -4,7 +4,9 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <cmath>
 #include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "tree/convex_layers.h"
@@ -43,6 +45,22 @@ nb::tuple to_python(Report&& report) {
     const size_t n = report.ids.size();
     return nb::make_tuple(owned(report.indptr), owned(report.ids.release(), n), owned(report.scores.release(), n),
                           report.counters.nodes, report.counters.scored);
+}
+
+// Keys and queries are checked where they are read; the form of the message is that of `arguments.finite`.
+void require_finite(const char* name, const Keys& rows) {
+    const float* data = rows.data();
+    const size_t size = rows.shape(0) * rows.shape(1);
+    float sum = 0;
+    for (size_t i = 0; i < size; ++i) sum += data[i] * 0.0f;  // NaN as soon as one is not finite
+    if (sum == 0) return;
+    for (size_t i = 0; i < size; ++i) {
+        if (std::isfinite(data[i])) continue;
+        const std::string found = std::isnan(data[i]) ? "nan" : data[i] > 0 ? "inf" : "-inf";
+        throw nb::value_error((std::string(name) + " must be finite, got " + found + " at (" +
+                               std::to_string(i / rows.shape(1)) + ", " + std::to_string(i % rows.shape(1)) + ")")
+                                  .c_str());
+    }
 }
 
 nb::tuple live_of(int dim, const std::vector<const StaticIndex*>& parts) {
@@ -112,7 +130,10 @@ void init_trees(nb::module_& m) {
             for (const auto& part : self.parts()) parts.append(nb::cast(part));
             return parts;
         })
-        .def("append", [](Forest& self, Keys keys) { self.append(keys.data(), int64_t(keys.shape(0))); }, "keys"_a)
+        .def("append", [](Forest& self, Keys keys) {
+            require_finite("keys", keys);
+            self.append(keys.data(), int64_t(keys.shape(0)));
+        }, "keys"_a)
         .def("erase", [](Forest& self, Ids ids) { return self.erase(ids.data(), int64_t(ids.shape(0))); }, "ids"_a,
              "Delete all and return -1, or delete none and return the place of the first unknown id.")
         .def("live_from", [](const Forest& self, size_t first) {
@@ -127,6 +148,7 @@ void init_trees(nb::module_& m) {
         .def("replace_from", &Forest::replace_from, "first"_a, "part"_a.none(), "next_id"_a)
         .def("replace", &Forest::replace, "at"_a, "part"_a.none())
         .def("report", [](const Forest& self, Keys queries, Doubles thresholds) {
+            require_finite("queries", queries);
             Report report;
             {
                 nb::gil_scoped_release release;
@@ -135,6 +157,7 @@ void init_trees(nb::module_& m) {
             return to_python(std::move(report));
         }, "queries"_a, "thresholds"_a)
         .def("count", [](const Forest& self, Keys queries, Doubles thresholds) {
+            require_finite("queries", queries);
             std::vector<int64_t> counts;
             {
                 nb::gil_scoped_release release;
@@ -143,6 +166,7 @@ void init_trees(nb::module_& m) {
             return owned(counts);
         }, "queries"_a, "thresholds"_a)
         .def("top", [](const Forest& self, Keys queries, int64_t r) {
+            require_finite("queries", queries);
             Report report;
             {
                 nb::gil_scoped_release release;
@@ -150,5 +174,6 @@ void init_trees(nb::module_& m) {
             }
             return to_python(std::move(report));
         }, "queries"_a, "r"_a);
-    m.attr("tree_isa") = kernels().name;
+    m.def("tree_isa_in_use", [] { return std::string(kernels().name); });
+    m.def("use_tree_isa", &use_isa, "name"_a);
 }

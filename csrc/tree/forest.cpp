@@ -62,15 +62,16 @@ Report Forest::rows(int64_t count, Row row) const {
     std::vector<Rows> parts(static_cast<size_t>(runs));
     Report result;
     result.indptr.assign(size_t(count) + 1, 0);
-    const auto work = [&](size_t run, int) {
+    const auto work = [&](size_t run) {
         Rows& rows = parts[run];
         for (int64_t i = count * int64_t(run) / runs; i < count * int64_t(run + 1) / runs; ++i) {
             row(i, rows);
             result.indptr[size_t(i) + 1] = int64_t(rows.ids.size());  // inside the run
         }
     };
+    parts[0].alone = count == 1;
     if (runs == 1)
-        work(0, 0);
+        work(0);
     else
         parallel_for(size_t(runs), work);
     int64_t before = 0;

@@ -33,22 +33,30 @@ const Level kLevels[] = {
     {"scalar", scalar::table, [] { return true; }},
 };
 
-const Kernels& choose() {
-    const char* wanted = std::getenv("HSR_ISA");
-    const bool any = !wanted || !*wanted;
+const Kernels* find(const std::string& name) {
     for (const Level& level : kLevels) {
-        if (!any && std::string(wanted) != level.name) continue;
-        if (level.supported()) return level.table();
-        if (!any) throw std::invalid_argument("isa '" + std::string(wanted) + "' is not supported by this machine");
+        if (name != level.name) continue;
+        if (!level.supported())
+            throw std::invalid_argument("isa '" + name + "' is not supported by this machine");
+        return &level.table();
     }
-    throw std::invalid_argument("unknown isa '" + std::string(wanted) + "'; expected one of scalar, avx2, avx512");
+    throw std::invalid_argument("unknown isa '" + name + "'; expected one of scalar, avx2, avx512");
+}
+
+const Kernels*& current() {
+    static const Kernels* chosen = [] {
+        const char* wanted = std::getenv("HSR_ISA");
+        if (wanted && *wanted) return find(wanted);
+        for (const Level& level : kLevels)
+            if (level.supported()) return &level.table();
+        return find("scalar");
+    }();
+    return chosen;
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-    static const Kernels& chosen = choose();
-    return chosen;
-}
+const Kernels& kernels() { return *current(); }
+void use_isa(const std::string& name) { current() = find(name); }
 
 }  // namespace hsr::tree

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace hsr::tree {
 
@@ -44,5 +45,7 @@ struct Kernels {
 
 // The best level of this machine, or the one the environment variable HSR_ISA names.
 const Kernels& kernels();
+// Throws std::invalid_argument when the level is unknown or the machine lacks it.
+void use_isa(const std::string& name);
 
 }  // namespace hsr::tree

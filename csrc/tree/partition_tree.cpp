@@ -227,16 +227,15 @@ struct PartitionTree::Bounds {
     bool inside(int c, double threshold) const { return low[c] >= threshold; }
 };
 
-PartitionTree::Bounds PartitionTree::bound(const Node& node, size_t index, const Query& query) const {
-    double middle[kFan] = {}, spread[kFan] = {};
+void PartitionTree::bound(const Node& node, size_t index, const Query& query, Bounds& result) const {
+    double middle[kFan], spread[kFan];
     kernels().bounds(volumes(index), dim(), query.q.data(), query.magnitude.data(), query.norm2, middle, spread);
-    Bounds result{};
     const double slack = slack_ * query.norm1;
     for (int c = 0; c < kFan; ++c) {
         result.low[c] = middle[c] - spread[c] - slack;
         result.high[c] = middle[c] + spread[c] + slack;
     }
-    if (node.frame < 0) return result;
+    if (node.frame < 0) return;
     const Frame& frame = frames_[size_t(node.frame)];
     double at_apex = 0, slope[3];
     for (int j = 0; j < dim(); ++j) at_apex += query.q[size_t(j)] * frame.apex[j];
@@ -255,7 +254,6 @@ PartitionTree::Bounds PartitionTree::bound(const Node& node, size_t index, const
         if (low > result.low[c]) result.low[c] = low;
         if (high < result.high[c]) result.high[c] = high;
     }
-    return result;
 }
 
 bool PartitionTree::collect(const Query& query, double threshold, Rows& rows, bool always) const {
@@ -268,7 +266,8 @@ bool PartitionTree::collect(const Query& query, double threshold, Rows& rows, bo
     while (top) {
         const size_t index = size_t(stack[--top]);
         const Node& node = nodes_[index];
-        const Bounds bounds = bound(node, index, query);
+        Bounds bounds{};
+        bound(node, index, query, bounds);
         ++rows.counters.nodes;
         budget -= each_node;
         const auto take = [&](int32_t begin, int32_t end, double least) {
@@ -325,7 +324,8 @@ int64_t PartitionTree::count(const Query& query, double threshold, Rows& rows) c
     while (top) {
         const size_t index = size_t(stack[--top]);
         const Node& node = nodes_[index];
-        const Bounds bounds = bound(node, index, query);
+        Bounds bounds{};
+        bound(node, index, query, bounds);
         ++rows.counters.nodes;
         budget -= each_node;
         for (int c = 0; c < node.children; ++c) {
@@ -374,7 +374,8 @@ void PartitionTree::top(const Query& query, Best& best, Counters& counters) cons
             continue;
         }
         const Node& node = nodes_[size_t(cell.node)];
-        const Bounds bounds = bound(node, size_t(cell.node), query);
+        Bounds bounds{};
+        bound(node, size_t(cell.node), query, bounds);
         for (int c = 0; c < node.children; ++c) {
             const double high = bounds.high[c] == bounds.high[c] ? bounds.high[c] : cell.high;
             if (!(high < best.threshold())) cells.push({high, node.child[c], node.begin[c], node.end[c]});

@@ -51,7 +51,7 @@ private:
     struct Bounds;
     struct Budget;
 
-    Bounds bound(const Node& node, size_t index, const Query& query) const;
+    void bound(const Node& node, size_t index, const Query& query, Bounds& bounds) const;
     const float* volumes(size_t node) const {
         return volumes_.data() + node * size_t(2 * dim() + 1) * kFan;
     }

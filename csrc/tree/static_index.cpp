@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+
+#include "threads.h"
 
 namespace hsr::tree {
 
@@ -162,10 +165,29 @@ int64_t StaticIndex::nbytes() const {
 }
 
 void StaticIndex::report(const Query& query, double threshold, Rows& rows) const {
-    constexpr int64_t kChunk = 4096;
+    constexpr int64_t kPerThread = 1 << 16;  // keys: below, a second thread takes longer to start than it saves
+    const int64_t tasks = rows.alone ? std::min<int64_t>(num_threads(), size_ / kPerThread) : 1;
     rows.counters.scored += size_;
-    for (int64_t begin = 0; begin < size_; begin += kChunk) {
-        const int64_t end = std::min(size_, begin + kChunk);
+    if (tasks <= 1) return scan(query, threshold, 0, size_, rows);
+    std::vector<Rows> pieces(static_cast<size_t>(tasks));
+    const auto boundary = [&](int64_t task) { return task == tasks ? size_ : size_ * task / tasks / kLanes * kLanes; };
+    parallel_for(pieces.size(), [&](size_t task) {
+        scan(query, threshold, boundary(int64_t(task)), boundary(int64_t(task) + 1), pieces[task]);
+    });
+    for (Rows& piece : pieces) {
+        const size_t n = piece.ids.size();
+        if (!n) continue;
+        std::memcpy(rows.ids.room(n), piece.ids.data(), n * sizeof(int64_t));
+        std::memcpy(rows.scores.room(n), piece.scores.data(), n * sizeof(float));
+        rows.ids.added(n);
+        rows.scores.added(n);
+    }
+}
+
+void StaticIndex::scan(const Query& query, double threshold, int64_t from, int64_t to, Rows& rows) const {
+    constexpr int64_t kChunk = 4096;
+    for (int64_t begin = from; begin < to; begin += kChunk) {
+        const int64_t end = std::min(to, begin + kChunk);
         int64_t* ids = rows.ids.room(kChunk);
         float* scores = rows.scores.room(kChunk);
         size_t found = kernels().scan_rows(blocks_.data(), dim_, begin, end, query.q.data(), threshold,

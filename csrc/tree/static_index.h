@@ -33,6 +33,7 @@ struct Rows {
     Growable<float> scores;
     Growable<PackedHit> scratch, sorted;  // one part's hits, before and after sorting
     Counters counters;
+    bool alone = false;  // the only query of a call: its scans may use all threads
 };
 
 // The r best keys so far: larger scores first, among equal scores lower ids. A quarter more than r are held
@@ -101,6 +102,8 @@ protected:
                      const Query& query, Best& best, Counters& counters) const;
 
 private:
+    void scan(const Query& query, double threshold, int64_t begin, int64_t end, Rows& rows) const;
+
     int dim_;
     int64_t size_, live_, first_id_ = 0;
     bool contiguous_ = true;

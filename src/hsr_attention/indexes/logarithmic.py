@@ -76,7 +76,6 @@ class LogarithmicIndex:
     def append(self, keys: Any) -> NDArray[np.int64]:
         """Add keys [count, head_dim] and return their ids, int64 [count]."""
         array = arguments.matrix("keys", keys, self._head_dim)
-        arguments.finite("keys", array)
         first = self._forest.next_id
         self._forest.append(np.ascontiguousarray(array.to_float32()))
         if self._forest.tail_size >= TAIL:
@@ -107,7 +106,6 @@ class LogarithmicIndex:
 
     def _queries(self, queries: Any) -> NDArray[np.float32]:
         array = arguments.matrix("queries", queries, self._head_dim)
-        arguments.finite("queries", array)
         return np.ascontiguousarray(array.to_float32())
 
     def report(self, queries: Any, thresholds: ArrayLike) -> Report:
