@@ -224,6 +224,7 @@ bool ConvexLayers::collect(const Query& query, double threshold, Rows& rows) con
     if (nodes_.empty()) return true;
     double budget = kScanShare * double(size()) * kKeyCost;
     const double angle = std::atan2(query.q[1], query.q[0]);
+    const Search wanted = search(query, threshold);
     struct Visit {
         int32_t node, entry;
     };
@@ -237,8 +238,8 @@ bool ConvexLayers::collect(const Query& query, double threshold, Rows& rows) con
         bool open;
         if (!node.searched) {
             const auto take = [&](int64_t begin, int64_t end) {
-                const size_t found = kernels().scan(blocks_.data(), 2, begin, end, query.q.data(), threshold,
-                                                    order_.data(), rows.scratch.room(size_t(end - begin)));
+                const size_t found = kernels().scan(blocks_.data(), 2, begin, end, wanted, order_.data(),
+                                                    rows.scratch.room(size_t(end - begin)));
                 rows.scratch.added(found);
                 budget -= kHitCost * double(found);
                 return found;

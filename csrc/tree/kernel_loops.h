@@ -3,7 +3,7 @@
 // compiled for AVX-512 into baseline code.
 #include "tree/kernels.h"
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
@@ -39,12 +39,43 @@ inline unsigned at_least(f64x8 x, double threshold) {
 #endif
 }
 
+inline unsigned not_below(f32x8 x, float threshold) {  // NaN is not below
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+    return _mm256_cmp_ps_mask((__m256)x, _mm256_set1_ps(threshold), _CMP_NLT_UQ);
+#elif defined(__AVX2__)
+    return unsigned(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(threshold), _CMP_NLT_UQ)));
+#elif defined(__SSE2__)
+    __m128 half[2];
+    __builtin_memcpy(half, &x, sizeof half);
+    const __m128 limit = _mm_set1_ps(threshold);
+    return unsigned(_mm_movemask_ps(_mm_cmpnlt_ps(half[0], limit))) |
+           unsigned(_mm_movemask_ps(_mm_cmpnlt_ps(half[1], limit))) << 4;
+#else
+    unsigned mask = 0;
+    for (int i = 0; i < kLanes; ++i) mask |= unsigned(!(x[i] < threshold)) << i;
+    return mask;
+#endif
+}
+
 // Scores of one block; D = 0 takes the dimension at run time.
 template <int D>
 inline f64x8 score_block(const float* block, int dim, const double* query) {
     const int d = D ? D : dim;
     f64x8 sum = load8(block) * query[0];
     for (int j = 1; j < d; ++j) sum += load8(block + j * kLanes) * query[j];
+    return sum;
+}
+
+template <int D>
+inline f32x8 score_block32(const float* block, int dim, const float* query) {
+    const int d = D ? D : dim;
+    f32x8 row, sum;
+    __builtin_memcpy(&row, block, sizeof row);
+    sum = row * query[0];
+    for (int j = 1; j < d; ++j) {
+        __builtin_memcpy(&row, block + j * kLanes, sizeof row);
+        sum += row * query[j];
+    }
     return sum;
 }
 
@@ -57,22 +88,24 @@ inline unsigned lanes_in_range(int64_t block, int64_t begin, int64_t end) {
 }
 
 template <int D, class Emit>
-inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
-                     double threshold, Emit emit) {
+inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search, Emit emit) {
     const int64_t last = (end - 1) / kLanes;
+    const Search wanted = search;
     for (int64_t block = begin / kLanes; block <= last; ++block) {
-        const f64x8 scores = score_block<D>(blocks + block * kLanes * (D ? D : dim), dim, query);
-        const unsigned mask = at_least(scores, threshold) & lanes_in_range(block, begin, end);
+        const float* keys = blocks + block * kLanes * (D ? D : dim);
+        if (wanted.query32 && !not_below(score_block32<D>(keys, dim, wanted.query32), wanted.screen)) continue;
+        const f64x8 scores = score_block<D>(keys, dim, wanted.query);
+        const unsigned mask = at_least(scores, wanted.threshold) & lanes_in_range(block, begin, end);
         if (mask) emit(block * kLanes, scores, mask);
     }
 }
 
 template <int D>
-size_t scan(const float* blocks, int dim, int64_t begin, int64_t end, const double* query, double threshold,
+size_t scan(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
             const int32_t* ids, PackedHit* hits) {
     PackedHit* out = hits;
     if (begin >= end) return 0;
-    for_hits<D>(blocks, dim, begin, end, query, threshold,
+    for_hits<D>(blocks, dim, begin, end, search,
                 [&](int64_t first, const f64x8& scores, unsigned mask) {
 #if defined(__AVX512F__) && defined(__AVX512VL__)
         const __m256i id = ids ? _mm256_maskz_loadu_epi32(__mmask8(mask), ids + first)
@@ -98,11 +131,11 @@ size_t scan(const float* blocks, int dim, int64_t begin, int64_t end, const doub
 }
 
 template <int D>
-size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
-                 double threshold, int64_t first_id, int64_t* ids, float* scores_out) {
+size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
+                 int64_t first_id, int64_t* ids, float* scores_out) {
     size_t found = 0;
     if (begin >= end) return 0;
-    for_hits<D>(blocks, dim, begin, end, query, threshold,
+    for_hits<D>(blocks, dim, begin, end, search,
                 [&](int64_t first, const f64x8& scores, unsigned mask) {
 #if defined(__AVX512F__) && defined(__AVX512VL__)
         const __m512i id = _mm512_add_epi64(_mm512_set1_epi64(first_id + first),
@@ -123,11 +156,10 @@ size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const
 }
 
 template <int D>
-int64_t count(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
-              double threshold) {
+int64_t count(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search) {
     int64_t found = 0;
     if (begin >= end) return 0;
-    for_hits<D>(blocks, dim, begin, end, query, threshold,
+    for_hits<D>(blocks, dim, begin, end, search,
                 [&](int64_t, const f64x8&, unsigned mask) { found += __builtin_popcount(mask); });
     return found;
 }
@@ -170,21 +202,20 @@ void bounds(const float* volumes, int dim, const double* query, const double* ma
         default: return call<0> HSR_ARGUMENTS;                             \
     }
 
-size_t any_scan(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
-                double threshold, const int32_t* ids, PackedHit* hits) {
-#define HSR_ARGUMENTS (blocks, dim, begin, end, query, threshold, ids, hits)
+size_t any_scan(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
+                const int32_t* ids, PackedHit* hits) {
+#define HSR_ARGUMENTS (blocks, dim, begin, end, search, ids, hits)
     HSR_BY_DIMENSION(scan)
 #undef HSR_ARGUMENTS
 }
-size_t any_scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
-                     double threshold, int64_t first_id, int64_t* ids, float* scores) {
-#define HSR_ARGUMENTS (blocks, dim, begin, end, query, threshold, first_id, ids, scores)
+size_t any_scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
+                     int64_t first_id, int64_t* ids, float* scores) {
+#define HSR_ARGUMENTS (blocks, dim, begin, end, search, first_id, ids, scores)
     HSR_BY_DIMENSION(scan_rows)
 #undef HSR_ARGUMENTS
 }
-int64_t any_count(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
-                  double threshold) {
-#define HSR_ARGUMENTS (blocks, dim, begin, end, query, threshold)
+int64_t any_count(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search) {
+#define HSR_ARGUMENTS (blocks, dim, begin, end, search)
     HSR_BY_DIMENSION(count)
 #undef HSR_ARGUMENTS
 }

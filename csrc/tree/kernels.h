@@ -22,18 +22,26 @@ inline size_t block_count(int64_t positions) { return size_t(positions + kLanes 
 // packed integers sorts by position.
 using PackedHit = uint64_t;
 
+// What to look for. With query32, a float32 score below `screen` proves the key out, and only blocks with
+// another one are scored in float64: the float32 scores of a block cost half as much.
+struct Search {
+    const double* query;
+    double threshold;
+    const float* query32 = nullptr;
+    float screen = 0;
+};
+
 struct Kernels {
     const char* name;
 
     // Appends the positions p in [begin, end) with <query, key p> >= threshold to `hits`, as
     // (ids ? ids[p] : p); returns how many. `hits` has room for end - begin.
-    size_t (*scan)(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
-                   double threshold, const int32_t* ids, PackedHit* hits);
+    size_t (*scan)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
+                   const int32_t* ids, PackedHit* hits);
     // The same with the position + first_id and the score in two arrays.
-    size_t (*scan_rows)(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
-                        double threshold, int64_t first_id, int64_t* ids, float* scores);
-    int64_t (*count)(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
-                     double threshold);
+    size_t (*scan_rows)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
+                        int64_t first_id, int64_t* ids, float* scores);
+    int64_t (*count)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search);
     // scores[p - begin] for p in [begin, end), where begin is a multiple of 8; writes whole blocks.
     void (*score)(const float* blocks, int dim, int64_t begin, int64_t end, const double* query,
                   double* scores);

@@ -9,11 +9,16 @@ namespace hsr::tree {
 namespace {
 
 // Costs in nanoseconds, measured on one core of a server CPU; only their ratios matter.
-constexpr double kScanShare = 0.15;  // of a scan, that a query may spend in the tree before it scans
-constexpr double kHitCost = 4.0;     // to collect, sort and write a key
-constexpr double kVisitCost = 12.0;  // to jump to a node or a leaf
-double node_cost(int dim) { return kVisitCost + 3.0 * dim; }
-double key_cost(int dim) { return 0.2 + 0.25 * dim; }  // in a leaf or in a scan
+constexpr double kHitCost = 5.0;  // to sort a key that a scan would have found in order
+double visit_cost(int dim) { return 30 + 2.5 * dim; }        // of a node, or of a run of leaves
+double key_cost(int dim) { return 0.1 + 0.12 * dim; }        // of a key in a leaf
+double scan_cost(int dim, int64_t size) {                    // of all keys, in order
+    constexpr double kCached = 1.5e6;                        // bytes that stay in the second-level cache
+    return double(size) * dim * (4.0 * double(size) * dim < kCached ? 0.06 : 0.14);
+}
+constexpr double kHeadStart = 0.25;  // of a scan, that a query may be behind the pace of one
+constexpr int64_t kSample = 256;     // keys that tell a deep query
+constexpr int64_t kDeep = 16;        // of them in the half-space: sorting the output costs more than a scan
 
 float round_up(double x) {
     const float nearest = float(x);
@@ -27,8 +32,8 @@ struct Item {
 
 // The direction of largest variance of a sample of rows [count][dim], by a few steps of power iteration.
 void principal_direction(int dim, const float* rows, const Item* items, int64_t count, float* direction) {
-    constexpr int64_t kSample = 128;
-    const int64_t take = std::min(count, kSample);
+    constexpr int64_t kRows = 128;
+    const int64_t take = std::min(count, kRows);
     thread_local std::vector<double> centred, mean, covariance, next, axis;
     centred.resize(size_t(take * dim));
     mean.assign(size_t(dim), 0);
@@ -215,9 +220,12 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
     // half-widths 2M, radii 2M sqrt(d). The terms of <q, c> +- sum |q_j| h_j sum to at most 3M |q|_1 and see at most
     // 2d + 3 roundings; |q| r is at most 2M sqrt(d) |q|_1 with d + 4; a score M |q|_1 with d. Together less than
     // u M |q|_1 16 sqrt(d) (d + 2).
-    float largest = 0;
-    for (int64_t i = 0; i < size * dim; ++i) largest = std::max(largest, std::fabs(keys[i]));
-    slack_ = kUnit * largest * 16 * std::sqrt(double(dim)) * (dim + 2);
+    if (size >= 16 * kSample) {
+        std::vector<int32_t> spread;
+        for (int64_t i = 0; i < kSample; ++i) spread.push_back(int32_t(i * size / kSample));
+        sample_ = blocked(dim, keys, spread.data(), kSample);
+    }
+    slack_ = kUnit * largest() * 16 * std::sqrt(double(dim)) * (dim + 2);
 }
 
 struct PartitionTree::Bounds {
@@ -256,36 +264,46 @@ void PartitionTree::bound(const Node& node, size_t index, const Query& query, Bo
     }
 }
 
+// Children are opened in the order of their positions, so that everything before `begin` of the next node is
+// settled. A query that is behind the pace of a scan by kHeadStart scans the rest: it costs at most so much more.
 bool PartitionTree::collect(const Query& query, double threshold, Rows& rows, bool always) const {
-    const double each_key = key_cost(dim()), each_node = node_cost(dim());
-    double budget = always ? std::numeric_limits<double>::infinity() : kScanShare * double(size()) * each_key;
+    const Search wanted = search(query, threshold);
+    const Search everything = search(query, -std::numeric_limits<double>::infinity());
+    if (!always && size() >= 16 * kSample &&
+        kernels().count(sample_.data(), dim(), 0, kSample, wanted) >= kDeep)
+        return false;
+    const double each_key = key_cost(dim()), each_visit = visit_cost(dim());
+    const double scan = scan_cost(dim(), size()), pace = scan / double(std::max<int64_t>(size(), 1));
+    double spent = always ? -std::numeric_limits<double>::infinity() : -kHeadStart * scan;
     int32_t stack[kFan * 12];  // 8^11 leaves are more than int32 positions
     int top = 0;
     rows.scratch.clear();
+    const auto take = [&](int32_t begin, int32_t end, const Search& which) {
+        PackedHit* room = rows.scratch.room(size_t(end - begin));
+        const size_t found = kernels().scan(leaves_.data(), dim(), begin, end, which, order_.data(), room);
+        rows.scratch.added(found);
+        rows.counters.scored += end - begin;
+        spent += each_visit + each_key * double(end - begin) + kHitCost * double(found);
+    };
     if (!nodes_.empty()) stack[top++] = 0;
     while (top) {
         const size_t index = size_t(stack[--top]);
         const Node& node = nodes_[index];
+        if (spent > pace * node.begin[0]) {
+            take(node.begin[0], int32_t(size()), wanted);
+            break;
+        }
         Bounds bounds{};
         bound(node, index, query, bounds);
         ++rows.counters.nodes;
-        budget -= each_node;
-        const auto take = [&](int32_t begin, int32_t end, double least) {
-            PackedHit* room = rows.scratch.room(size_t(end - begin));
-            const size_t found = kernels().scan(leaves_.data(), dim(), begin, end, query.q.data(), least,
-                                                order_.data(), room);
-            rows.scratch.added(found);
-            rows.counters.scored += end - begin;
-            return double(found);
-        };
+        spent += each_visit;
+        const int first = top;
         for (int c = 0; c < node.children; ++c) {
             if (bounds.outside(c, threshold)) continue;
             const int32_t begin = node.begin[c];
             int32_t end = node.end[c];
             if (bounds.inside(c, threshold)) {
-                budget -= kVisitCost + double(end - begin) * (kHitCost + each_key);
-                if (budget < 0) return false;
-                take(begin, end, -std::numeric_limits<double>::infinity());
+                take(begin, end, everything);
             } else if (node.child[c] < 0) {
                 // Neighbouring crossed leaves are one run.
                 for (; c + 1 < node.children && node.child[c + 1] < 0 && !bounds.outside(c + 1, threshold) &&
@@ -293,16 +311,14 @@ bool PartitionTree::collect(const Query& query, double threshold, Rows& rows, bo
                      ++c)
                     end = node.end[c + 1];
                 ++rows.counters.nodes;
-                budget -= kVisitCost + each_key * double(end - begin);
-                if (budget < 0) return false;
-                budget -= kHitCost * take(begin, end, threshold);
+                take(begin, end, wanted);
             } else {
                 stack[top++] = node.child[c];
                 __builtin_prefetch(&nodes_[size_t(node.child[c])]);
                 __builtin_prefetch(volumes(size_t(node.child[c])));
             }
         }
-        if (budget < 0) return false;
+        std::reverse(stack + first, stack + top);
     }
     return true;
 }
@@ -315,11 +331,12 @@ void PartitionTree::report(const Query& query, double threshold, Rows& rows) con
 }
 
 int64_t PartitionTree::count(const Query& query, double threshold, Rows& rows) const {
-    const double each_key = key_cost(dim()), each_node = node_cost(dim());
-    double budget = kScanShare * double(size()) * each_key;
+    const double each_key = key_cost(dim()), each_visit = visit_cost(dim());
+    double budget = kHeadStart * scan_cost(dim(), size());
     int32_t stack[kFan * 12];
     int top = 0;
     int64_t total = 0;
+    const Search wanted = search(query, threshold);
     if (!nodes_.empty()) stack[top++] = 0;
     while (top) {
         const size_t index = size_t(stack[--top]);
@@ -327,7 +344,7 @@ int64_t PartitionTree::count(const Query& query, double threshold, Rows& rows) c
         Bounds bounds{};
         bound(node, index, query, bounds);
         ++rows.counters.nodes;
-        budget -= each_node;
+        budget -= each_visit;
         for (int c = 0; c < node.children; ++c) {
             if (bounds.outside(c, threshold)) continue;
             const int32_t begin = node.begin[c], end = node.end[c];
@@ -338,15 +355,14 @@ int64_t PartitionTree::count(const Query& query, double threshold, Rows& rows) c
             } else {
                 ++rows.counters.nodes;
                 rows.counters.scored += end - begin;
-                budget -= kVisitCost + each_key * double(end - begin);
+                budget -= each_visit + each_key * double(end - begin);
                 if (node.live[c] == end - begin) {
-                    total += kernels().count(leaves_.data(), dim(), begin, end, query.q.data(), threshold);
+                    total += kernels().count(leaves_.data(), dim(), begin, end, wanted);
                     continue;
                 }
                 rows.scratch.clear();
                 PackedHit* room = rows.scratch.room(size_t(end - begin));
-                rows.scratch.added(kernels().scan(leaves_.data(), dim(), begin, end, query.q.data(), threshold,
-                                                  order_.data(), room));
+                rows.scratch.added(kernels().scan(leaves_.data(), dim(), begin, end, wanted, order_.data(), room));
                 total += count_live(rows);
             }
         }
@@ -401,7 +417,7 @@ void PartitionTree::erase(int64_t position) {
 
 int64_t PartitionTree::nbytes() const {
     return StaticIndex::nbytes() + int64_t(nodes_.size() * sizeof(Node) + frames_.size() * sizeof(Frame) +
-                                           (volumes_.size() + leaves_.size()) * sizeof(float) +
+                                           (volumes_.size() + leaves_.size() + sample_.size()) * sizeof(float) +
                                            (order_.size() + place_.size()) * sizeof(int32_t));
 }
 

@@ -10,8 +10,9 @@
 // d > 3, cells are halved across their direction of largest variance, which has no such bound but adapts
 // to the data and is what makes the exponents measured on usual data better than the proved ones.
 //
-// The shallow rule: a range that crosses many cells is not shallow, so its output is large and a scan is no
-// dearer. A query that has spent kScanShare of the cost of a scan stops and scans.
+// The shallow rule: a range that crosses too many cells is not shallow, so its output is large and a scan is no
+// dearer. A sample tells a deep query at once; one that falls behind the pace of a scan scans the cells
+// it has not seen. So a query costs little more than a scan, whatever the keys.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +35,8 @@ public:
     int64_t nbytes() const override;
 
     int64_t node_count() const { return int64_t(nodes_.size()); }
-    // Leaves the half-space in rows.scratch, unsorted, deleted keys included; false when a scan is cheaper,
-    // unless `always`.
+    // Leaves the half-space in rows.scratch, unsorted, deleted and repeated keys included; false when a scan is
+    // cheaper, unless `always`.
     bool collect(const Query& query, double threshold, Rows& rows, bool always) const;
 
 private:
@@ -63,6 +64,7 @@ private:
     std::vector<Frame> frames_;    // of the nodes cut by an equipartition
     std::vector<int32_t> order_;   // position in the order of ids of each tree position
     Floats leaves_;    // the keys in tree order, in blocks
+    Floats sample_;                // some of the keys
     std::vector<int32_t> place_;   // inverse of order_, made by the first deletion
 };
 

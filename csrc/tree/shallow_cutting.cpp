@@ -39,7 +39,6 @@ ShallowCutting::ShallowCutting(int dim, int64_t size, const float* keys, const i
     : PartitionTree(dim, size, keys, ids, leaf_size), position_(random_order, random_order + size),
       rank_(size_t(size)) {
     for (int64_t r = 0; r < size; ++r) rank_[size_t(position_[size_t(r)])] = int32_t(r);
-    for (int64_t i = 0; i < size * dim; ++i) largest_ = std::max(largest_, std::fabs(double(keys[i])));
 }
 
 void ShallowCutting::add_level(int64_t sample, int64_t facets, const int32_t* simplices, const float* normals) {
@@ -177,7 +176,7 @@ ShallowCutting::Cone ShallowCutting::cone(const Level& level, int32_t vertex, co
     // <q, x> = sum_i lambda_i <n_i, x> + <q - sum lambda_i n_i, x>; the last is at most error * M. Rounding: the scores
     // behind the lists, the offsets, `left` and `bound` are sums of at most 2 d + 2 terms that add up to at most
     // weight * M; 64 units are twice what four such sums can lose.
-    result.bound = bound + (error + 64 * kUnit * weight) * largest_;
+    result.bound = bound + (error + 64 * kUnit * weight) * largest();
     result.valid = std::isfinite(result.bound);
     return result;
 }
@@ -218,12 +217,13 @@ bool ShallowCutting::scan_lists(const Query& query, double threshold, Rows& rows
     if (!depth) return false;
     const Level& level = levels_[size_t(depth - 1)];
     const Cone& cone = cones[depth - 1];
+    const Search wanted = search(query, threshold);
     rows.scratch.clear();
     for (int i = 0; i < dim(); ++i) {
         const size_t f = size_t(cone.facet[i]);
         PackedHit* room = rows.scratch.room(size_t(level.list_size[f]));
-        rows.scratch.added(kernels().scan(level.keys.data(), dim(), level.list[f], level.list[f] + level.list_size[f],
-                                          query.q.data(), threshold, level.positions.data(), room));
+        rows.scratch.added(kernels().scan(level.keys.data(), dim(), level.list[f], level.list[f] + level.list_size[f], wanted,
+                                          level.positions.data(), room));
         rows.counters.scored += level.list_size[f];
         ++rows.counters.nodes;
     }

@@ -69,7 +69,6 @@ private:
     std::vector<int32_t> position_;  // of each rank
     std::vector<int32_t> rank_;      // of each position
     std::vector<float> samples_;     // [rank][dim], of the finest sample
-    double largest_ = 0;             // coordinate
     std::vector<Level> levels_;
 };
 

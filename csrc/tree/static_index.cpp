@@ -9,7 +9,7 @@
 
 namespace hsr::tree {
 
-Query::Query(const float* coordinates, int dim) : q(coordinates, coordinates + dim), magnitude(size_t(dim)) {
+Query::Query(const float* coordinates, int dim) : q(coordinates, coordinates + dim), magnitude(size_t(dim)), q32(coordinates) {
     for (int j = 0; j < dim; ++j) {
         magnitude[size_t(j)] = std::fabs(q[size_t(j)]);
         norm1 += magnitude[size_t(j)];
@@ -114,6 +114,7 @@ void sort_hits(Growable<PackedHit>& hits, Growable<PackedHit>& spare, int64_t po
 
 StaticIndex::StaticIndex(int dim, int64_t size, const float* keys, const int64_t* ids)
     : dim_(dim), size_(size), live_(size), blocks_(blocked(dim, keys, nullptr, size)) {
+    for (int64_t i = 0; i < size * dim; ++i) largest_ = std::max(largest_, std::fabs(keys[i]));
     if (!size) return;
     first_id_ = ids[0];
     contiguous_ = ids[size - 1] - ids[0] == size - 1;
@@ -144,11 +145,28 @@ void StaticIndex::copy_live(float* keys, int64_t* ids) const {
     }
 }
 
+// A float32 score is a sum of d products with at most 2 d roundings, fused or not: it is off by at most
+// 2 d 2^-24 |q|_1 M (1 + small), M the largest coordinate. Three more units cover the rounding of the limit and the
+// higher orders. Outside the range neither overflow nor underflow is harmless, and float64 decides alone.
+Search StaticIndex::search(const Query& query, double threshold) const {
+    const double reach = query.norm1 * largest_;
+    Search search{query.q.data(), threshold};
+    if (!(reach > 0x1p-80 && reach < 0x1p100) || !std::isfinite(threshold)) return search;
+    const double limit = threshold - (2 * dim_ + 3) * 0x1p-24 * reach;
+    if (limit < -2 * reach) return search;  // nothing to screen out
+    search.query32 = query.q32;
+    search.screen = limit > 2 * reach ? float(2 * reach) : float(limit);
+    return search;
+}
+
 void StaticIndex::append(const float* key) {
     if (size_ % kLanes == 0)
         blocks_.insert(blocks_.end(), size_t(dim_) * kLanes, std::numeric_limits<float>::quiet_NaN());
     float* lane = blocks_.data() + size_ / kLanes * kLanes * dim_ + size_ % kLanes;
-    for (int j = 0; j < dim_; ++j) lane[j * kLanes] = key[j];
+    for (int j = 0; j < dim_; ++j) {
+        lane[j * kLanes] = key[j];
+        largest_ = std::max(largest_, std::fabs(key[j]));
+    }
     if (!dead_.empty()) dead_.push_back(0);
     ++size_;
     ++live_;
@@ -168,11 +186,12 @@ void StaticIndex::report(const Query& query, double threshold, Rows& rows) const
     constexpr int64_t kPerThread = 1 << 16;  // keys: below, a second thread takes longer to start than it saves
     const int64_t tasks = rows.alone ? std::min<int64_t>(num_threads(), size_ / kPerThread) : 1;
     rows.counters.scored += size_;
-    if (tasks <= 1) return scan(query, threshold, 0, size_, rows);
+    const Search wanted = search(query, threshold);
+    if (tasks <= 1) return scan(wanted, 0, size_, rows);
     std::vector<Rows> pieces(static_cast<size_t>(tasks));
     const auto boundary = [&](int64_t task) { return task == tasks ? size_ : size_ * task / tasks / kLanes * kLanes; };
     parallel_for(pieces.size(), [&](size_t task) {
-        scan(query, threshold, boundary(int64_t(task)), boundary(int64_t(task) + 1), pieces[task]);
+        scan(wanted, boundary(int64_t(task)), boundary(int64_t(task) + 1), pieces[task]);
     });
     for (Rows& piece : pieces) {
         const size_t n = piece.ids.size();
@@ -184,13 +203,13 @@ void StaticIndex::report(const Query& query, double threshold, Rows& rows) const
     }
 }
 
-void StaticIndex::scan(const Query& query, double threshold, int64_t from, int64_t to, Rows& rows) const {
+void StaticIndex::scan(const Search& search, int64_t from, int64_t to, Rows& rows) const {
     constexpr int64_t kChunk = 4096;
     for (int64_t begin = from; begin < to; begin += kChunk) {
         const int64_t end = std::min(to, begin + kChunk);
         int64_t* ids = rows.ids.room(kChunk);
         float* scores = rows.scores.room(kChunk);
-        size_t found = kernels().scan_rows(blocks_.data(), dim_, begin, end, query.q.data(), threshold,
+        size_t found = kernels().scan_rows(blocks_.data(), dim_, begin, end, search,
                                            contiguous_ ? first_id_ : 0, ids, scores);
         if (!contiguous_ || any_dead()) {
             size_t kept = 0;
@@ -209,11 +228,11 @@ void StaticIndex::scan(const Query& query, double threshold, int64_t from, int64
 
 int64_t StaticIndex::count(const Query& query, double threshold, Rows& rows) const {
     rows.counters.scored += size_;
-    if (!any_dead()) return kernels().count(blocks_.data(), dim_, 0, size_, query.q.data(), threshold);
+    if (!any_dead()) return kernels().count(blocks_.data(), dim_, 0, size_, search(query, threshold));
     rows.scratch.clear();
     PackedHit* hits = rows.scratch.room(size_t(size_));
     rows.scratch.added(
-        kernels().scan(blocks_.data(), dim_, 0, size_, query.q.data(), threshold, nullptr, hits));
+        kernels().scan(blocks_.data(), dim_, 0, size_, search(query, threshold), nullptr, hits));
     return count_live(rows);
 }
 

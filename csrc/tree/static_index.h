@@ -19,6 +19,7 @@ constexpr double kUnit = 1.1102230246251565e-16;
 struct Query {
     explicit Query(const float* coordinates, int dim);
     std::vector<double> q, magnitude;  // [dim], and |q_j|
+    const float* q32;
     double norm1 = 0, norm2 = 0;       // sums of |q_j|, and the Euclidean norm
 };
 
@@ -92,6 +93,8 @@ protected:
     bool dead(int64_t position) const { return !dead_.empty() && dead_[size_t(position)]; }
     bool any_dead() const { return live_ < size_; }
     void key(int64_t position, float* out) const;
+    float largest() const { return largest_; }  // |coordinate|
+    Search search(const Query& query, double threshold) const;
     const float* blocks() const { return blocks_.data(); }
 
     // Sorts rows.scratch (positions in this structure), drops deleted keys and repetitions, appends the rest.
@@ -102,10 +105,11 @@ protected:
                      const Query& query, Best& best, Counters& counters) const;
 
 private:
-    void scan(const Query& query, double threshold, int64_t begin, int64_t end, Rows& rows) const;
+    void scan(const Search& search, int64_t begin, int64_t end, Rows& rows) const;
 
     int dim_;
     int64_t size_, live_, first_id_ = 0;
+    float largest_ = 0;
     bool contiguous_ = true;
     std::vector<int64_t> ids_;     // empty when contiguous
     Floats blocks_;    // in the order of ids
