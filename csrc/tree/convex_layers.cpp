@@ -11,8 +11,8 @@ namespace hsr::tree {
 namespace {
 
 constexpr int32_t kLeaf = 128;     // points that are scanned without a layer
-constexpr int32_t kScanned = 64;  // vertices of a layer that are scanned
-constexpr int kLayers = 6;        // most layers in a node
+constexpr int32_t kScanned = 128;  // vertices of a layer that are scanned
+constexpr int kLayers = 8;        // most layers in a node
 constexpr int32_t kSampled = 4;   // every kSampled-th entry of a child's catalogue is in its parent's
 constexpr double kScanShare = 0.15, kHitCost = 4.0, kNodeCost = 25.0, kKeyCost = 0.7;  // see partition_tree.cpp
 
@@ -239,7 +239,7 @@ bool ConvexLayers::collect(const Query& query, double threshold, Rows& rows) con
         if (!node.searched) {
             const auto take = [&](int64_t begin, int64_t end) {
                 const size_t found = kernels().scan(blocks_.data(), 2, begin, end, wanted, order_.data(),
-                                                    rows.scratch.room(size_t(end - begin)));
+                                                    rows.scratch.room(size_t(end - begin + kLanes)));
                 rows.scratch.added(found);
                 budget -= kHitCost * double(found);
                 return found;

@@ -100,33 +100,48 @@ inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, c
     }
 }
 
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+// Writes 8 packed hits and returns how many of them count. No branch: where hits are dense, a branch on the mask
+// is mispredicted every other block.
+inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
+    const __m256i id = ids ? _mm256_maskz_loadu_epi32(__mmask8(mask), ids + first)
+                           : _mm256_add_epi32(_mm256_set1_epi32(int(first)),
+                                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m256i bits = _mm256_castps_si256(_mm512_cvtpd_ps((__m512d)scores));
+    const __m512i packed =
+        _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(id), 32), _mm512_cvtepu32_epi64(bits));
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(__mmask8(mask), packed));
+    return size_t(__builtin_popcount(mask));
+}
+#else
+inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
+    size_t found = 0;
+    for (; mask; mask &= mask - 1) {
+        const int lane = __builtin_ctz(mask);
+        const float score = float(scores[lane]);
+        uint32_t bits;
+        __builtin_memcpy(&bits, &score, 4);
+        const int64_t position = first + lane;
+        out[found++] = uint64_t(ids ? uint32_t(ids[position]) : uint32_t(position)) << 32 | bits;
+    }
+    return found;
+}
+#endif
+
 template <int D>
-size_t scan(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
-            const int32_t* ids, PackedHit* hits) {
+size_t scan(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search, const int32_t* ids,
+            PackedHit* hits) {
     PackedHit* out = hits;
     if (begin >= end) return 0;
-    for_hits<D>(blocks, dim, begin, end, search,
-                [&](int64_t first, const f64x8& scores, unsigned mask) {
-#if defined(__AVX512F__) && defined(__AVX512VL__)
-        const __m256i id = ids ? _mm256_maskz_loadu_epi32(__mmask8(mask), ids + first)
-                               : _mm256_add_epi32(_mm256_set1_epi32(int(first)),
-                                                  _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-        const __m256i bits = _mm256_castps_si256(_mm512_cvtpd_ps((__m512d)scores));
-        const __m512i packed = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(id), 32),
-                                               _mm512_cvtepu32_epi64(bits));
-        _mm512_mask_compressstoreu_epi64(out, __mmask8(mask), packed);
-        out += __builtin_popcount(mask);
-#else
-        for (; mask; mask &= mask - 1) {
-            const int lane = __builtin_ctz(mask);
-            const float score = float(scores[lane]);
-            uint32_t bits;
-            __builtin_memcpy(&bits, &score, 4);
-            const int64_t position = first + lane;
-            *out++ = uint64_t(ids ? uint32_t(ids[position]) : uint32_t(position)) << 32 | bits;
-        }
-#endif
-    });
+    const Search wanted = search;
+    const int64_t last = (end - 1) / kLanes;
+    for (int64_t block = begin / kLanes; block <= last; ++block) {
+        const float* keys = blocks + block * kLanes * (D ? D : dim);
+        if (wanted.query32 && !not_below(score_block32<D>(keys, dim, wanted.query32), wanted.screen)) continue;
+        const f64x8 scores = score_block<D>(keys, dim, wanted.query);
+        const unsigned mask = at_least(scores, wanted.threshold) & lanes_in_range(block, begin, end);
+        out += pack_hits(block * kLanes, scores, mask, ids, out);
+    }
     return size_t(out - hits);
 }
 

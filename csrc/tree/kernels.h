@@ -23,7 +23,7 @@ inline size_t block_count(int64_t positions) { return size_t(positions + kLanes 
 using PackedHit = uint64_t;
 
 // What to look for. With query32, a float32 score below `screen` proves the key out, and only blocks with
-// another one are scored in float64: the float32 scores of a block cost half as much.
+// another one are scored in float64: that pays where hits are rare.
 struct Search {
     const double* query;
     double threshold;
@@ -35,7 +35,7 @@ struct Kernels {
     const char* name;
 
     // Appends the positions p in [begin, end) with <query, key p> >= threshold to `hits`, as
-    // (ids ? ids[p] : p); returns how many. `hits` has room for end - begin.
+    // (ids ? ids[p] : p); returns how many. `hits` has room for end - begin + 8.
     size_t (*scan)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
                    const int32_t* ids, PackedHit* hits);
     // The same with the position + first_id and the score in two arrays.

@@ -279,7 +279,7 @@ bool PartitionTree::collect(const Query& query, double threshold, Rows& rows, bo
     int top = 0;
     rows.scratch.clear();
     const auto take = [&](int32_t begin, int32_t end, const Search& which) {
-        PackedHit* room = rows.scratch.room(size_t(end - begin));
+        PackedHit* room = rows.scratch.room(size_t(end - begin + kLanes));
         const size_t found = kernels().scan(leaves_.data(), dim(), begin, end, which, order_.data(), room);
         rows.scratch.added(found);
         rows.counters.scored += end - begin;
@@ -361,7 +361,7 @@ int64_t PartitionTree::count(const Query& query, double threshold, Rows& rows) c
                     continue;
                 }
                 rows.scratch.clear();
-                PackedHit* room = rows.scratch.room(size_t(end - begin));
+                PackedHit* room = rows.scratch.room(size_t(end - begin + kLanes));
                 rows.scratch.added(kernels().scan(leaves_.data(), dim(), begin, end, wanted, order_.data(), room));
                 total += count_live(rows);
             }

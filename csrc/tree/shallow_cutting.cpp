@@ -221,7 +221,7 @@ bool ShallowCutting::scan_lists(const Query& query, double threshold, Rows& rows
     rows.scratch.clear();
     for (int i = 0; i < dim(); ++i) {
         const size_t f = size_t(cone.facet[i]);
-        PackedHit* room = rows.scratch.room(size_t(level.list_size[f]));
+        PackedHit* room = rows.scratch.room(size_t(level.list_size[f] + kLanes));
         rows.scratch.added(kernels().scan(level.keys.data(), dim(), level.list[f], level.list[f] + level.list_size[f], wanted,
                                           level.positions.data(), room));
         rows.counters.scored += level.list_size[f];

@@ -230,7 +230,7 @@ int64_t StaticIndex::count(const Query& query, double threshold, Rows& rows) con
     rows.counters.scored += size_;
     if (!any_dead()) return kernels().count(blocks_.data(), dim_, 0, size_, search(query, threshold));
     rows.scratch.clear();
-    PackedHit* hits = rows.scratch.room(size_t(size_));
+    PackedHit* hits = rows.scratch.room(size_t(size_ + kLanes));
     rows.scratch.added(
         kernels().scan(blocks_.data(), dim_, 0, size_, search(query, threshold), nullptr, hits));
     return count_live(rows);

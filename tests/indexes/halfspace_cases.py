@@ -133,7 +133,9 @@ def random_history(make_index, dimensions, rng, sizes, steps=3):
             keys, alive = np.concatenate([keys, more]), np.append(alive, np.ones(count, bool))
         else:
             ids = np.flatnonzero(alive)
-            gone = rng.choice(ids, int(len(ids) * rng.choice([0.02, 0.3, 0.6, 1.0])), replace=False)
+            gone = rng.choice(
+                ids, int(len(ids) * rng.choice([0.02, 0.3, 0.6, 1.0])), replace=False
+            )
             index.delete(gone)
             alive[gone] = False
         assert_exact(index, keys, alive, rng)

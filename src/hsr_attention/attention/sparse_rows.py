@@ -37,7 +37,7 @@ def relu_rows(
     power : int >= 1
         alpha of the paper.
     scale : float
-        Of the scores. The usual 1 / sqrt(head_dim) is not a default: a report does not know head_dim.
+        Of the scores. Not 1 / sqrt(head_dim) by default: a report does not know head_dim.
     """
     power = arguments.positive_integer("power", power)
     limits = arguments.thresholds(threshold, len(report))
@@ -46,9 +46,7 @@ def relu_rows(
     return _average(report, weights, values)
 
 
-def softmax_rows(
-    report: Report, values: ArrayLike, *, scale: float = 1.0
-) -> NDArray[np.float32]:
+def softmax_rows(report: Report, values: ArrayLike, *, scale: float = 1.0) -> NDArray[np.float32]:
     """Softmax attention restricted to a report's keys (paper, section 1); an empty row is zero.
 
     out_i = sum_j w_ij v_j / sum_j w_ij with w_ij = exp(scale * score_ij) over the reported j.

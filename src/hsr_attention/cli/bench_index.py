@@ -70,7 +70,9 @@ def bench_index(
 def _print_tables(result: dict[str, Any]) -> None:
     machine = result["machine"]
     typer.echo(f"{machine['processor']}, {machine['isa']}, {machine['threads']} thread(s)")
-    typer.echo("exactness checked against FlatIndex; microseconds a query, batch (one call each)\n")
+    typer.echo(
+        "exactness checked against FlatIndex; microseconds a query, batch (one call each)\n"
+    )
     typer.echo(f"{'kind':16}{'data':10}{'d':>2}{'n':>9}{'k':>8}{'index':>18}{'scan':>20}"
                f"{'speed-up':>9}{'nodes':>8}{'scored':>9}{'build s':>8}{'B/key':>6}")  # fmt: skip
     for r in result["rows"]:

@@ -1,8 +1,8 @@
 """Time and work of the low-dimensional indexes against n: exponents, crossovers, a plot.
 
-Theory (paper, Corollary 3.1; docs/indexes.md): nodes visited grow like n^(1 - 1/d) in a partition
-tree, like n^(1 - 1/floor(d/2)) where the partition is shallow, and like log n in convex layers and shallow
-cuttings, beside the output. Every measured row is first compared with a scan: same keys, same scores.
+Theory (paper, Corollary 3.1; docs/indexes.md): beside the output, nodes visited grow like
+n^(1 - 1/d) in a partition tree, like n^(1 - 1/floor(d/2)) where the partition is shallow, and like
+log n in convex layers and shallow cuttings. Every row is first compared with a scan.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hsr_attention.indexes.flat import FlatIndex
 from numpy.typing import NDArray
 
 from hsr_attention import _native
 from hsr_attention.indexes.convex_layers import ConvexLayersIndex
-from hsr_attention.indexes.flat import FlatIndex
 from hsr_attention.indexes.partition_tree import PartitionTreeIndex
 from hsr_attention.indexes.shallow_cutting import ShallowCuttingIndex
 
@@ -77,7 +77,10 @@ class Fit:
 def make_data(
     data: str, n: int, d: int, queries: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return keys [n, d] and queries [m, d]; ``boundary`` puts all keys near the query's hyperplane."""
+    """Return keys [n, d] and queries [m, d].
+
+    ``boundary`` puts all keys near one hyperplane, and the hyperplanes of the queries near it.
+    """
     q = generator.normal(size=(queries, d))
     if data == "uniform":
         keys = generator.uniform(-1, 1, size=(n, d))
@@ -159,7 +162,9 @@ def _measure_one(
     return rows
 
 
-def _times(index: Any, queries: NDArray[np.float32], limits: NDArray[np.float64]) -> tuple[float, float]:
+def _times(
+    index: Any, queries: NDArray[np.float32], limits: NDArray[np.float64]
+) -> tuple[float, float]:
     """Return medians in microseconds a query: all in one call, and one call each."""
     batch, single = [], []
     for _ in range(REPEATS):
@@ -211,7 +216,8 @@ def crossovers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
     found = []
     for kind, data, d in sorted({(row.kind, row.data, row.d) for row in rows}):
-        members = sorted((r for r in rows if (r.kind, r.data, r.d) == (kind, data, d)), key=lambda r: r.n)
+        members = [row for row in rows if (row.kind, row.data, row.d) == (kind, data, d)]
+        members.sort(key=lambda row: row.n)
         gains = np.log([row.speedup for row in members])
         sizes = np.log([row.n for row in members])
         wins = np.flatnonzero(gains > 0)
@@ -257,7 +263,8 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
 
     rows = result["rows"]
     dims = sorted({row["d"] for row in rows})
-    figure, axes = plt.subplots(2, len(dims), figsize=(4 * len(dims), 7), squeeze=False, sharex=True)
+    size = (4 * len(dims), 7)
+    figure, axes = plt.subplots(2, len(dims), figsize=size, squeeze=False, sharex=True)
     for column, d in enumerate(dims):
         groups = sorted({(r["kind"], r["data"]) for r in rows if r["d"] == d})
         for kind, data in groups:

@@ -1,14 +1,14 @@
 """The logarithmic method: any static structure for half-space reporting made to append and delete.
 
-Half-space reporting is decomposable: the report of a union is the union of the reports. So the keys
-are kept in a few static structures, each over an interval of ids and each at least as large as all
+Half-space reporting is decomposable: the report of a union is the union of the reports. So the
+keys are kept in a few static structures, each over an interval of ids and each larger than all
 newer ones together, and a short tail of the newest keys that is scanned (Bentley and Saxe, 1980).
 
 - ``append`` adds to the tail. A full tail becomes a structure, merged with every structure that is
   no larger: each key is built into a structure log2(n / tail) times, so an append costs
   build(n) / n * log2(n / tail), amortised.
-- ``delete`` marks. A structure with more than half of its keys deleted is built anew from the rest,
-  so a deletion costs build(n) / n, amortised, and queries never look at more than twice the live keys.
+- ``delete`` marks. A structure with more than half of its keys deleted is built anew from the
+  rest: build(n) / n a deletion, amortised, and queries never see more than twice the live keys.
 """
 
 from __future__ import annotations

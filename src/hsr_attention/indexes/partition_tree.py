@@ -14,12 +14,12 @@ from hsr_attention.indexes.logarithmic import LogarithmicIndex
 class PartitionTreeIndex(LogarithmicIndex):
     """A partition tree, for keys of few dimensions (meant for d <= 8; any d works).
 
-    Build O(n log n), memory O(n). Nodes visited by a query, beside those inside the half-space: proved
-    O(n^0.793) for d = 2 and O(n^0.936) for d = 3 by equipartitions (any line misses one of 4 cells, any
-    plane one of 8). **For d > 3 there is no worst-case bound**: cells are halved across the direction of
-    largest variance and bounded by a box and a ball. On usual data the measured exponents are lower, see
-    ``docs/indexes.md``. A query that would cost more than a scan becomes one, after at most 15 % of
-    its cost.
+    Build O(n log n), memory O(n). Nodes visited by a query, beside those inside the half-space:
+    O(n^0.793) for d = 2 and O(n^0.936) for d = 3, by equipartitions (any line misses one of 4
+    cells, any plane one of 8), where the keys have balanced ones. **For d > 3 there is no
+    worst-case bound**: cells are halved across the direction of largest variance and bounded by a
+    box and a ball. On usual data the measured exponents are lower, see ``docs/indexes.md``. A
+    query that falls behind a scan by a quarter of its cost scans what it has not seen.
 
     Parameters
     ----------

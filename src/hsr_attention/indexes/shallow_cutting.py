@@ -13,7 +13,7 @@ from hsr_attention.indexes.logarithmic import LogarithmicIndex
 
 COARSEST = 64  # keys in the first sample, which is scanned
 GROWTH = 4  # from one sample to the next
-FINEST_SHARE = 16  # n over the size of the last sample: a report of fewer keys costs as much as one of 16
+FINEST_SHARE = 16  # n over the size of the last sample: fewer reported keys cost no less
 LEAF_SIZE = 32
 FIRST_SAMPLE_LIMIT = 1024  # a degenerate sample is left out, up to this size
 
@@ -21,11 +21,12 @@ FIRST_SAMPLE_LIMIT = 1024  # a degenerate sample is left out, up to this size
 class ShallowCuttingIndex(LogarithmicIndex):
     """Random samples, their convex hulls and conflict lists, for keys of 2, 3 or 4 dimensions.
 
-    The convex hull of a sample is the envelope of the sampled dual planes; its facets and their conflict
-    lists are a shallow cutting. Report O(log n + k) expected over the samples, as long as the vertices
-    of the hulls have few facets (6 on average for d = 3). Memory expected O(n log n) for d = 2, 3 and
-    O(n^2) at worst for d = 4, in practice O(n). A query that is not shallow (its half-space meets the
-    coarsest sample) is answered by a partition tree. Answers never depend on the samples.
+    The convex hull of a sample is the envelope of the sampled dual planes; its facets and their
+    conflict lists are a shallow cutting. Report O(log n + k) expected over the samples, as long as
+    the vertices of the hulls have few facets (6 on average for d = 3). Memory expected O(n log n)
+    for d = 2, 3 and O(n^2) at worst for d = 4, in practice far less. A query that is not shallow
+    (its half-space meets the coarsest sample) is answered by a partition tree. Answers never depend
+    on the samples.
 
     Needs scipy (``pip install scipy``) to build.
 
@@ -34,8 +35,9 @@ class ShallowCuttingIndex(LogarithmicIndex):
     keys : [n, d], d in 2, 3, 4
         float32, float16 or bfloat16; copied.
     max_bytes : int
-        Most memory for hulls and conflict lists. The need is estimated first; a construction that needs
-        more raises ``MemoryError`` with the estimate. An ``append`` stops at a coarser sample instead.
+        Most memory for hulls and conflict lists. The need is estimated first; a construction that
+        needs more raises ``MemoryError`` with the estimate. An ``append`` stops at a coarser sample
+        instead.
     seed : int
         Of the random order of the keys. Changes the speed, never the answer.
     """
@@ -82,8 +84,9 @@ class ShallowCuttingIndex(LogarithmicIndex):
     def _affordable(self, part: Any, facets: float, n: int, d: int, sample: int) -> bool:
         """Compare the expected size of a level with ``max_bytes``.
 
-        A facet of the hull of a random sample of r keys has about d n / r keys above it (Clarkson and
-        Shor, 1989); its list holds their coordinates and positions. Qhull takes about 1 KB a facet.
+        A facet of the hull of a random sample of r keys has about d n / r keys above it (Clarkson
+        and Shor, 1989); its list holds their coordinates and positions. Qhull takes about 1 KB a
+        facet.
         """
         lists = facets * (d * n / sample + 8) * 4 * (d + 1)
         needed = part.list_bytes + lists + 1024 * facets
@@ -98,7 +101,7 @@ class ShallowCuttingIndex(LogarithmicIndex):
 
 
 def _hull(points: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]] | None:
-    """Return simplices [facets, d] and outward normals [facets, d]; None if the points are degenerate."""
+    """Return simplices and outward normals, both [facets, d]; None if points are degenerate."""
     try:
         from scipy.spatial import ConvexHull, QhullError
     except ImportError as error:
