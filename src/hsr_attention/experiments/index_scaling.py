@@ -36,8 +36,10 @@ REPEATS = 5
 class Row:
     """One measurement: an index of n keys, queries that report about k of them.
 
-    Times are microseconds a query: ``batch`` when all queries are one call, ``single`` with one call
-    each (Python included). ``flat_*`` are those of ``FlatIndex`` on the same queries in the same run.
+    Times are microseconds a query, medians: ``batch`` when all queries are one call, ``single`` with
+    one call each (Python included). ``flat_*`` are those of ``FlatIndex`` on the same queries in the
+    same run. With one thread it is the processor time of the thread, which other programs on the
+    machine disturb less; with more it is wall-clock time.
     """
 
     kind: str
@@ -166,15 +168,16 @@ def _times(
     index: Any, queries: NDArray[np.float32], limits: NDArray[np.float64]
 ) -> tuple[float, float]:
     """Return medians in microseconds a query: all in one call, and one call each."""
+    clock = time.thread_time if _native.num_threads() == 1 else time.perf_counter
     batch, single = [], []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = clock()
         index.report(queries, limits)
-        batch.append((time.perf_counter() - start) / len(queries))
+        batch.append((clock() - start) / len(queries))
         for i in range(len(queries)):
-            start = time.perf_counter()
+            start = clock()
             index.report(queries[i : i + 1], limits[i : i + 1])
-            single.append(time.perf_counter() - start)
+            single.append(clock() - start)
     return 1e6 * float(np.median(batch)), 1e6 * float(np.median(single))
 
 
@@ -200,7 +203,8 @@ def exponents(rows: Sequence[Row]) -> list[Fit]:
             continue
         x = np.log([row.n for row in members])
         for quantity in ("nodes", "scored", "batch"):
-            fit: Any = linregress(x, np.log([getattr(row, quantity) for row in members]))
+            y = np.log([max(getattr(row, quantity), 1.0) for row in members])
+            fit: Any = linregress(x, y)
             half = t.ppf(0.975, len(members) - 2) * fit.stderr
             fits.append(
                 Fit(kind, data, d, quantity, fit.slope, fit.slope - half, fit.slope + half,
