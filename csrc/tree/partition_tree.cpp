@@ -204,7 +204,9 @@ struct PartitionTree::Builder {
 
 PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int64_t* ids, int leaf_size)
     : StaticIndex(dim, size, keys, ids), leaf_size_(leaf_size) {
-    Builder builder(*this, keys, size);
+    std::vector<float> rotated;
+    axes_ = principal_frame(dim, keys, size, rotated);
+    Builder builder(*this, axes_ ? rotated.data() : keys, size);
     volumes_.resize(nodes_.size() * size_t(2 * dim + 1) * kFan);
     for (size_t i = 0; i < nodes_.size(); ++i) {
         const Node& node = nodes_[i];
@@ -214,7 +216,7 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
             bound_cell(frames_[size_t(node.frame)], dim, c, builder.rows.data() + int64_t(node.begin[c]) * dim,
                        node.end[c] - node.begin[c]);
     }
-    leaves_ = blocked(dim, builder.rows.data(), nullptr, size);
+    leaves_ = blocked(dim, keys, order_.data(), size);
 
     // Rounding of a bound and of a score. Let M be the largest coordinate, u the unit. Centres are at most M,
     // half-widths 2M, radii 2M sqrt(d). The terms of <q, c> +- sum |q_j| h_j sum to at most 3M |q|_1 and see at most
@@ -225,7 +227,9 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
         for (int64_t i = 0; i < kSample; ++i) spread.push_back(int32_t(i * size / kSample));
         sample_ = blocked(dim, keys, spread.data(), kSample);
     }
-    slack_ = kUnit * largest() * 16 * std::sqrt(double(dim)) * (dim + 2);
+    double reach = largest();
+    for (float y : rotated) reach = std::max(reach, std::fabs(double(y)));
+    slack_ = kUnit * reach * 16 * std::sqrt(double(dim)) * (dim + 2);
 }
 
 struct PartitionTree::Bounds {
@@ -235,17 +239,35 @@ struct PartitionTree::Bounds {
     bool inside(int c, double threshold) const { return low[c] >= threshold; }
 };
 
-void PartitionTree::bound(const Node& node, size_t index, const Query& query, Bounds& result) const {
+// With y the rotated key and r the residual, <q, x> = <q, mean> + <axes q, y> + <q, r>. Rounding: axes q, <q, mean> and
+// their sum are sums of d terms that are at most |q|_1 reach together, with at most d + 2 roundings each.
+PartitionTree::View PartitionTree::view(const Query& query) const {
+    if (!axes_) return {query, 0.0, slack_ * query.norm1};
+    const size_t d = size_t(dim());
+    std::vector<double> turned(d, 0);
+    double shift = 0;
+    for (size_t j = 0; j < d; ++j) {
+        shift += query.q[j] * axes_.mean[j];
+        for (size_t k = 0; k < d; ++k) turned[j] += axes_.axes[j * d + k] * query.q[k];
+    }
+    View view{Query(std::move(turned)), shift, 0};
+    view.slack = slack_ * std::max(view.query.norm1, query.norm1) + axes_.residual * query.norm2 * (1 + 1e-12) +
+                 4 * kUnit * (dim() + 2) * query.norm1 * axes_.reach;
+    return view;
+}
+
+void PartitionTree::bound(const Node& node, size_t index, const View& view, Bounds& result) const {
+    const Query& query = view.query;
     double middle[kFan], spread[kFan];
     kernels().bounds(volumes(index), dim(), query.q.data(), query.magnitude.data(), query.norm2, middle, spread);
-    const double slack = slack_ * query.norm1;
+    const double slack = view.slack;
     for (int c = 0; c < kFan; ++c) {
-        result.low[c] = middle[c] - spread[c] - slack;
-        result.high[c] = middle[c] + spread[c] + slack;
+        result.low[c] = view.shift + middle[c] - spread[c] - slack;
+        result.high[c] = view.shift + middle[c] + spread[c] + slack;
     }
     if (node.frame < 0) return;
     const Frame& frame = frames_[size_t(node.frame)];
-    double at_apex = 0, slope[3];
+    double at_apex = view.shift, slope[3];
     for (int j = 0; j < dim(); ++j) at_apex += query.q[size_t(j)] * frame.apex[j];
     for (int i = 0; i < dim(); ++i) {
         slope[i] = 0;
@@ -275,6 +297,7 @@ bool PartitionTree::collect(const Query& query, double threshold, Rows& rows, bo
     const double each_key = key_cost(dim()), each_visit = visit_cost(dim());
     const double scan = scan_cost(dim(), size()), pace = scan / double(std::max<int64_t>(size(), 1));
     double spent = always ? -std::numeric_limits<double>::infinity() : -kHeadStart * scan;
+    const View seen = view(query);
     int32_t stack[kFan * 12];  // 8^11 leaves are more than int32 positions
     int top = 0;
     rows.scratch.clear();
@@ -294,7 +317,7 @@ bool PartitionTree::collect(const Query& query, double threshold, Rows& rows, bo
             break;
         }
         Bounds bounds{};
-        bound(node, index, query, bounds);
+        bound(node, index, seen, bounds);
         ++rows.counters.nodes;
         spent += each_visit;
         const int first = top;
@@ -336,13 +359,14 @@ int64_t PartitionTree::count(const Query& query, double threshold, Rows& rows) c
     int32_t stack[kFan * 12];
     int top = 0;
     int64_t total = 0;
+    const View seen = view(query);
     const Search wanted = search(query, threshold);
     if (!nodes_.empty()) stack[top++] = 0;
     while (top) {
         const size_t index = size_t(stack[--top]);
         const Node& node = nodes_[index];
         Bounds bounds{};
-        bound(node, index, query, bounds);
+        bound(node, index, seen, bounds);
         ++rows.counters.nodes;
         budget -= each_visit;
         for (int c = 0; c < node.children; ++c) {
@@ -378,6 +402,7 @@ void PartitionTree::top(const Query& query, Best& best, Counters& counters) cons
         int32_t node, begin, end;  // a node, or the leaf [begin, end)
         bool operator<(const Cell& other) const { return high < other.high; }
     };
+    const View seen = view(query);
     std::priority_queue<Cell> cells;
     cells.push({std::numeric_limits<double>::infinity(), 0, 0, 0});
     while (!cells.empty()) {
@@ -391,7 +416,7 @@ void PartitionTree::top(const Query& query, Best& best, Counters& counters) cons
         }
         const Node& node = nodes_[size_t(cell.node)];
         Bounds bounds{};
-        bound(node, size_t(cell.node), query, bounds);
+        bound(node, size_t(cell.node), seen, bounds);
         for (int c = 0; c < node.children; ++c) {
             const double high = bounds.high[c] == bounds.high[c] ? bounds.high[c] : cell.high;
             if (!(high < best.threshold())) cells.push({high, node.child[c], node.begin[c], node.end[c]});

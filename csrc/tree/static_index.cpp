@@ -9,13 +9,17 @@
 
 namespace hsr::tree {
 
-Query::Query(const float* coordinates, int dim) : q(coordinates, coordinates + dim), magnitude(size_t(dim)), q32(coordinates) {
-    for (int j = 0; j < dim; ++j) {
-        magnitude[size_t(j)] = std::fabs(q[size_t(j)]);
-        norm1 += magnitude[size_t(j)];
-        norm2 += q[size_t(j)] * q[size_t(j)];
+Query::Query(std::vector<double> coordinates) : q(std::move(coordinates)), magnitude(q.size()) {
+    for (size_t j = 0; j < q.size(); ++j) {
+        magnitude[j] = std::fabs(q[j]);
+        norm1 += magnitude[j];
+        norm2 += q[j] * q[j];
     }
     norm2 = std::sqrt(norm2);
+}
+
+Query::Query(const float* coordinates, int dim) : Query(std::vector<double>(coordinates, coordinates + dim)) {
+    q32 = coordinates;
 }
 
 size_t Best::above(double score) const {

@@ -18,8 +18,9 @@ constexpr double kUnit = 1.1102230246251565e-16;
 // One query in float64, with what bounds need of it.
 struct Query {
     explicit Query(const float* coordinates, int dim);
+    explicit Query(std::vector<double> coordinates);  // in a frame of our own; without q32
     std::vector<double> q, magnitude;  // [dim], and |q_j|
-    const float* q32;
+    const float* q32 = nullptr;
     double norm1 = 0, norm2 = 0;       // sums of |q_j|, and the Euclidean norm
 };
 
