@@ -8,8 +8,8 @@ namespace hsr::tree {
 namespace {
 
 constexpr int kSample = 256;
-constexpr int kAngles = 32;      // planes tried for a cut into 8
-constexpr int kSteps = 14;       // of bisection
+constexpr int kAngles = 24;      // planes tried for a cut into 8
+constexpr int kSteps = 10;       // of bisection
 constexpr double kBalance = 0.4; // a cell may hold up to (1 + kBalance) of its fair share
 constexpr double kPi = 3.14159265358979323846;
 
@@ -190,6 +190,60 @@ bool cuts_of_space(const std::vector<Point>& sample, const Point& axis, double o
     return true;
 }
 
+template <int D>
+void assign(const float* keys, const int32_t* items, int64_t count, const Frame& frame, uint8_t* cells,
+            int64_t* sizes) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float* key = keys + int64_t(items[i]) * D;
+        int cell = 0;
+        for (int c = 0; c < D; ++c) {
+            double side = -frame.offset[c];
+            for (int j = 0; j < D; ++j) side += frame.normal[c][j] * key[j];
+            cell |= (side >= 0) << c;
+        }
+        cells[i] = uint8_t(cell);
+        ++sizes[cell];
+    }
+}
+
+template <int D>
+void bound_cell(Frame& frame, int cell, const float* keys, int64_t count) {
+    constexpr double kUnit = 1.1102230246251565e-16;
+    double low[D], high[D], largest[D], square = 0, reach = 0;
+    for (int i = 0; i < D; ++i) {
+        low[i] = count ? HUGE_VAL : 0;
+        high[i] = count ? -HUGE_VAL : 0;
+        largest[i] = 0;
+    }
+    for (const float* key = keys; key < keys + count * D; key += D) {
+        double lambda[D], left = 0;
+        for (int i = 0; i < D; ++i) {
+            lambda[i] = -frame.offset[i];
+            for (int j = 0; j < D; ++j) lambda[i] += frame.normal[i][j] * key[j];
+            low[i] = std::min(low[i], lambda[i]);
+            high[i] = std::max(high[i], lambda[i]);
+            largest[i] = std::max(largest[i], std::fabs(double(key[i])));
+        }
+        for (int j = 0; j < D; ++j) {
+            double rest = key[j] - frame.apex[j];
+            for (int i = 0; i < D; ++i) rest -= frame.edge[i][j] * lambda[i];
+            left += rest * rest;
+        }
+        square = std::max(square, left);
+    }
+    // Rounding. Both the residual of a key and, later, the bound <q, p> + sum_i <q, e_i> lambda_i are sums of at
+    // most 2 D + 2 <= 8 products of terms that are, summed, at most `reach` (times |q| for the bound), each
+    // with at most 8 roundings; 32 units cover the two and the roundings of the norms.
+    for (int j = 0; j < D; ++j) {
+        reach += largest[j] + std::fabs(frame.apex[j]);
+        for (int i = 0; i < D; ++i)
+            reach += std::fabs(frame.edge[i][j]) * std::max(std::fabs(low[i]), std::fabs(high[i]));
+        frame.low[cell][j] = low[j];
+        frame.high[cell][j] = high[j];
+    }
+    frame.residual[cell] = std::sqrt(square) + 32 * kUnit * reach;
+}
+
 }  // namespace
 
 bool equipartition(int dim, const float* keys, const int32_t* items, int64_t count, Frame& frame,
@@ -211,53 +265,16 @@ bool equipartition(int dim, const float* keys, const int32_t* items, int64_t cou
 
     int64_t sizes[8] = {};
     cells.resize(size_t(count));
-    for (int64_t i = 0; i < count; ++i) {
-        const float* key = keys + int64_t(items[i]) * dim;
-        int cell = 0;
-        for (int c = 0; c < dim; ++c) {
-            double side = -frame.offset[c];
-            for (int j = 0; j < dim; ++j) side += frame.normal[c][j] * key[j];
-            cell |= (side >= 0) << c;
-        }
-        cells[size_t(i)] = uint8_t(cell);
-        ++sizes[cell];
-    }
+    if (dim == 2)
+        assign<2>(keys, items, count, frame, cells.data(), sizes);
+    else
+        assign<3>(keys, items, count, frame, cells.data(), sizes);
     const double most = (1 + kBalance) * double(count) / double(1 << dim);
     return *std::max_element(sizes, sizes + 8) <= most;
 }
 
 void bound_cell(Frame& frame, int dim, int cell, const float* keys, int64_t count) {
-    constexpr double kUnit = 1.1102230246251565e-16;
-    double* low = frame.low[cell];
-    double* high = frame.high[cell];
-    double residual = 0, reach = 0;
-    for (const float* key = keys; key < keys + count * dim; key += dim) {
-        double lambda[3], square = 0;
-        for (int i = 0; i < dim; ++i) {
-            lambda[i] = -frame.offset[i];
-            for (int j = 0; j < dim; ++j) lambda[i] += frame.normal[i][j] * key[j];
-            low[i] = key == keys ? lambda[i] : std::min(low[i], lambda[i]);
-            high[i] = key == keys ? lambda[i] : std::max(high[i], lambda[i]);
-        }
-        for (int j = 0; j < dim; ++j) {
-            double rest = key[j] - frame.apex[j];
-            for (int i = 0; i < dim; ++i) rest -= frame.edge[i][j] * lambda[i];
-            square += rest * rest;
-        }
-        residual = std::max(residual, square);
-    }
-    // Rounding. Both the residual of a key and, later, the bound <q, p> + sum_i <q, e_i> lambda_i are sums of at
-    // most 2 dim + 2 <= 8 products of terms that are, summed, at most `reach` (times |q| for the bound), each
-    // with at most 8 roundings; 32 units cover the two and the roundings of the norms.
-    for (int j = 0; j < dim; ++j) {
-        double largest = 0;
-        for (const float* key = keys; key < keys + count * dim; key += dim)
-            largest = std::max(largest, std::fabs(double(key[j])));
-        reach += largest + std::fabs(frame.apex[j]);
-        for (int i = 0; i < dim; ++i)
-            reach += std::fabs(frame.edge[i][j]) * std::max(std::fabs(low[i]), std::fabs(high[i]));
-    }
-    frame.residual[cell] = std::sqrt(residual) + 32 * kUnit * reach;
+    dim == 2 ? bound_cell<2>(frame, cell, keys, count) : bound_cell<3>(frame, cell, keys, count);
 }
 
 }  // namespace hsr::tree

@@ -74,6 +74,17 @@ void principal_direction(int dim, const float* rows, const Item* items, int64_t 
     for (int j = 0; j < dim; ++j) direction[j] = float(axis[size_t(j)]) / float(dim);
 }
 
+template <int D>
+void project(int dim, const float* rows, const float* direction, Item* items, int64_t count) {
+    const int d = D ? D : dim;
+    for (int64_t i = 0; i < count; ++i) {
+        const float* row = rows + int64_t(items[i].row) * d;
+        float key = row[0] * direction[0];
+        for (int j = 1; j < d; ++j) key += row[j] * direction[j];
+        items[i].key = key;
+    }
+}
+
 }  // namespace
 
 // Cuts runs of keys into nodes. `rows` is a copy of the keys that follows the tree order node by node, so that
@@ -126,11 +137,12 @@ struct PartitionTree::Builder {
         thread_local std::vector<float> direction;
         direction.resize(size_t(dim));
         principal_direction(dim, rows.data(), items.data() + begin, end - begin, direction.data());
-        for (int32_t i = begin; i < end; ++i) {
-            const float* row = rows.data() + int64_t(items[size_t(i)].row) * dim;
-            float key = row[0] * direction[0];
-            for (int j = 1; j < dim; ++j) key += row[j] * direction[size_t(j)];
-            items[size_t(i)].key = key;
+        Item* run = items.data() + begin;
+        switch (dim) {
+            case 2: project<2>(dim, rows.data(), direction.data(), run, end - begin); break;
+            case 3: project<3>(dim, rows.data(), direction.data(), run, end - begin); break;
+            case 4: project<4>(dim, rows.data(), direction.data(), run, end - begin); break;
+            default: project<0>(dim, rows.data(), direction.data(), run, end - begin);
         }
         std::nth_element(items.begin() + begin, items.begin() + middle, items.begin() + end,
                          [](const Item& a, const Item& b) { return a.key < b.key; });
