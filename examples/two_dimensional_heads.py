@@ -1,8 +1,8 @@
 """Decode with 2-dimensional heads: the cost of a token grows like log n + k, not like n.
 
-Transformers that run programs look positions up with heads of two dimensions: the key of position t lies
-on a circle, and the query of a token points at the positions it needs. Here every token attends to the
-keys within a small angle of its query, by convex layers and by all keys.
+Transformers that run programs look positions up with heads of two dimensions: the key of a position
+lies on a circle, and the query of a token points at the positions it needs. Here every token attends
+to the keys within a small angle of its query, by convex layers and by all keys.
 
     python examples/two_dimensional_heads.py --tokens 1000000
 """
@@ -21,10 +21,12 @@ QUERIES = 50
 
 
 def dense(weights, values):
+    """Return the average of the values under the weights of each row."""
     return (weights @ values) / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
 
 
 def main():
+    """Append, report, attend, and compare with all keys."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     tokens = parser.parse_args().tokens

@@ -1,8 +1,8 @@
 """Attention over a report: the rows of keys that an index found, and their values.
 
 Weights are ReLU(scale * score - b)^power, or exp(scale * score), normalised in each row. A report
-holds the scores, rounded to float32; where thresholds lie within a few roundings of the scores, as on
-keys that differ little, give the queries and keys, and the reported pairs are scored again in float64.
+holds the scores, rounded to float32; where scores lie within a few roundings of the threshold, as
+on keys that differ little, give the queries and keys, and the pairs are scored again in float64.
 """
 
 from __future__ import annotations

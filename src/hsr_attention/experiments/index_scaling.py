@@ -36,10 +36,10 @@ REPEATS = 5
 class Row:
     """One measurement: an index of n keys, queries that report about k of them.
 
-    Times are microseconds a query, medians: ``batch`` when all queries are one call, ``single`` with
-    one call each (Python included). ``flat_*`` are those of ``FlatIndex`` on the same queries in the
-    same run. With one thread it is the processor time of the thread, which other programs on the
-    machine disturb less; with more it is wall-clock time.
+    Times are microseconds a query, medians (``build`` is seconds): ``batch`` when all queries are
+    one call, ``single`` with one call each (Python included). ``flat_*`` are those of ``FlatIndex``
+    on the same queries in the same run. With one thread it is the processor time of the thread,
+    which other programs on the machine disturb less; with more it is wall-clock time.
     """
 
     kind: str
@@ -146,9 +146,10 @@ def _measure_one(
     for kind in kinds:
         if d not in KINDS[kind].dimensions:  # type: ignore[attr-defined]
             continue
-        start = time.perf_counter()
+        clock = _clock()
+        start = clock()
         index = KINDS[kind](keys)
-        build = time.perf_counter() - start
+        build = clock() - start
         report = index.report(q, limits)
         if not (
             np.array_equal(report.indices, truth.indices)
@@ -164,11 +165,15 @@ def _measure_one(
     return rows
 
 
+def _clock() -> Callable[[], float]:
+    return time.thread_time if _native.num_threads() == 1 else time.perf_counter
+
+
 def _times(
     index: Any, queries: NDArray[np.float32], limits: NDArray[np.float64]
 ) -> tuple[float, float]:
     """Return medians in microseconds a query: all in one call, and one call each."""
-    clock = time.thread_time if _native.num_threads() == 1 else time.perf_counter
+    clock = _clock()
     batch, single = [], []
     for _ in range(REPEATS):
         start = clock()
@@ -191,7 +196,7 @@ def theory(kind: str, d: int) -> str:
 
 
 def exponents(rows: Sequence[Row]) -> list[Fit]:
-    """Fit log quantity = a + e log n for each kind, data set and dimension with three sizes or more."""
+    """Fit log quantity = a + e log n where a kind, data set and dimension has three sizes."""
     from scipy.stats import linregress, t
 
     groups: dict[tuple[str, str, int], list[Row]] = {}
@@ -259,7 +264,7 @@ def _processor() -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
-    """Draw time and nodes visited against n, one column a dimension, with the scan; needs matplotlib."""
+    """Draw time and nodes visited against n, a column a dimension; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

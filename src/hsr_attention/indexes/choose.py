@@ -85,8 +85,8 @@ def halfspace_index(keys: Any, kind: str = "auto") -> HalfspaceIndex:
     ``kind="auto"`` compares a scan with the structure that serves the dimension: convex layers for
     d = 2, a partition tree for other d <= 8, a sketch from d = 16 on. ``shallow_cutting`` is never
     taken by itself: it wins on keys near a sphere only, and takes longer to build. The machine
-    enters by one measured number, the speed of a scan. ``index.kind`` and ``index.reason`` say what
-    was chosen and why.
+    enters by one measured number, the speed of a scan. ``index.kind`` and ``index.reason`` say
+    what was chosen and why.
 
     The choice is made once, for these keys: it does not change when keys are appended.
     """

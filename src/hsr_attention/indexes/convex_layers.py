@@ -14,8 +14,8 @@ from hsr_attention.indexes.logarithmic import LogarithmicIndex
 class ConvexLayersIndex(LogarithmicIndex):
     """Convex layers in a tree, for 2-dimensional keys.
 
-    Build O(n log n), report O(log n + k), memory O(n); append O(log^2 n) amortised. All proved, for
-    any keys (duplicates and collinear keys included). See ``docs/indexes.md``; after Chazelle,
+    Build O(n log n), report O(log n + k), memory O(n); append O(log^2 n) amortised. All proved,
+    for any keys (duplicates and collinear keys included). See ``docs/indexes.md``; after Chazelle,
     Guibas and Lee, "The power of geometric duality", 1985.
 
     Parameters

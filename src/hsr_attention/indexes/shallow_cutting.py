@@ -25,8 +25,8 @@ class ShallowCuttingIndex(LogarithmicIndex):
     conflict lists are a shallow cutting. Report O(log n + k) expected over the samples, as long as
     the vertices of the hulls have few facets (6 on average for d = 3). Memory expected O(n log n)
     for d = 2, 3 and O(n^2) at worst for d = 4, in practice far less. A query that is not shallow
-    (its half-space meets the coarsest sample) is answered by a partition tree. Answers never depend
-    on the samples.
+    (its half-space meets the coarsest sample) is answered by a partition tree. Answers never
+    depend on the samples.
 
     Needs scipy (``pip install scipy``) to build.
 
@@ -36,8 +36,8 @@ class ShallowCuttingIndex(LogarithmicIndex):
         float32, float16 or bfloat16; copied.
     max_bytes : int
         Most memory for hulls and conflict lists. The need is estimated first; a construction that
-        needs more raises ``MemoryError`` with the estimate. An ``append`` stops at a coarser sample
-        instead.
+        needs more raises ``MemoryError`` with the estimate. An ``append`` stops at a coarser
+        sample instead.
     seed : int
         Of the random order of the keys. Changes the speed, never the answer.
     """
