@@ -104,7 +104,8 @@ void init_trees(nb::module_& m) {
             nb::gil_scoped_release release;
             new (self) PartitionTree(int(keys.shape(1)), int64_t(keys.shape(0)), keys.data(), ids.data(), leaf_size);
         }, "keys"_a, "ids"_a, "leaf_size"_a)
-        .def_prop_ro("node_count", &PartitionTree::node_count);
+        .def_prop_ro("node_count", &PartitionTree::node_count)
+        .def_prop_ro("frame_count", &PartitionTree::frame_count);
 
     nb::class_<ShallowCutting, PartitionTree>(m, "ShallowCutting")
         .def("__init__", [](ShallowCutting* self, Keys keys, Ids ids, int leaf_size, Array<int32_t, 1> random_order) {

@@ -10,7 +10,7 @@ namespace {
 constexpr int kSample = 256;
 constexpr int kAngles = 24;      // planes tried for a cut into 8
 constexpr int kSteps = 10;       // of bisection
-constexpr double kBalance = 0.4; // a cell may hold up to (1 + kBalance) of its fair share
+constexpr double kBalance = 0.5; // a cell holds its fair share up to so much more or less
 constexpr double kPi = 3.14159265358979323846;
 
 using Point = std::array<double, 3>;
@@ -269,8 +269,9 @@ bool equipartition(int dim, const float* keys, const int32_t* items, int64_t cou
         assign<2>(keys, items, count, frame, cells.data(), sizes);
     else
         assign<3>(keys, items, count, frame, cells.data(), sizes);
-    const double most = (1 + kBalance) * double(count) / double(1 << dim);
-    return *std::max_element(sizes, sizes + 8) <= most;
+    const double share = double(count) / double(1 << dim);
+    const auto [least, most] = std::minmax_element(sizes, sizes + (1 << dim));
+    return double(*least) >= (1 - kBalance) * share && double(*most) <= (1 + kBalance) * share;
 }
 
 void bound_cell(Frame& frame, int dim, int cell, const float* keys, int64_t count) {

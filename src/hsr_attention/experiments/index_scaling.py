@@ -37,7 +37,7 @@ class Row:
     """One measurement: an index of n keys, queries that report about k of them.
 
     Times are microseconds a query, medians (``build`` is seconds): ``batch`` when all queries are
-    one call, ``single`` with one call each (Python included). ``flat_*`` are those of ``FlatIndex``
+    one call, ``single`` with a call each (Python included). ``flat_*`` are those of ``FlatIndex``
     on the same queries in the same run. With one thread it is the processor time of the thread,
     which other programs on the machine disturb less; with more it is wall-clock time.
     """
@@ -196,11 +196,16 @@ def theory(kind: str, d: int) -> str:
 
 
 def exponents(rows: Sequence[Row]) -> list[Fit]:
-    """Fit log quantity = a + e log n where a kind, data set and dimension has three sizes."""
+    """Fit log quantity = a + e log n where a kind, data set and dimension has three sizes.
+
+    Rows of a fixed output that report more than n / 32 keys are left out: they are scans.
+    """
     from scipy.stats import linregress, t
 
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
+        if row.k > 32 and row.k > row.n / 32 and row.k < 0.9 * row.n**0.8:
+            continue
         groups.setdefault((row.kind, row.data, row.d), []).append(row)
     fits = []
     for (kind, data, d), members in groups.items():
