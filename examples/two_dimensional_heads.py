@@ -1,8 +1,8 @@
 """Decode with 2-dimensional heads: the cost of a token grows like log n + k, not like n.
 
-Transformers that run programs look positions up with heads of two dimensions: the key of a position
-lies on a circle, and the query of a token points at the positions it needs. Here every token attends
-to the keys within a small angle of its query, by convex layers and by all keys.
+Transformers that run programs look positions up with heads of two dimensions: the key of a
+position lies on a circle, and the query of a token points at the positions it needs. Here every
+token attends to the keys within a small angle of its query, by convex layers and by all keys.
 
     python examples/two_dimensional_heads.py --tokens 1000000
 """
