@@ -84,7 +84,7 @@ def _print_tables(result: dict[str, Any]) -> None:
     if result["exponents"]:
         typer.echo("\ngrowth ~ n^e, 95 % confidence")
     for f in result["exponents"]:
-        typer.echo(f"{f['kind']:16}{f['data']:10}{f['d']:2}  {f['quantity']:6}{f['exponent']:5.2f} "
+        typer.echo(f"{f['kind']:16}{f['data']:10}{f['d']:2}  {f['quantity']:6}{f['exponent']:.2f} "
                    f"[{f['low']:.2f}, {f['high']:.2f}]  theory {f['theory']}")  # fmt: skip
     typer.echo("\nfaster than the scan from n =")
     for c in result["crossovers"]:
