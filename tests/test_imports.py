@@ -77,7 +77,7 @@ def imports(path):
                 yield (child if is_module else base), node.lineno
 
 
-@pytest.mark.parametrize("path, module", modules(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("path, module", list(modules()), ids=lambda x: x if isinstance(x, str) else "")
 def test_imports_run_one_way(path, module):
     floor = FLOOR[unit(module)]
     for imported, line in imports(path):
@@ -111,13 +111,16 @@ def test_nothing_imports_in_a_circle():
         visit(name, ())
 
 
-@pytest.mark.parametrize("path, module", modules(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("path, module", list(modules()), ids=lambda x: x if isinstance(x, str) else "")
 def test_only_the_integrations_import_torch(path, module):
     if module.partition(".")[0] in USES_TORCH:
         return
+    allowed = {"hsr_attention", "numpy"}
+    if module == "indexes.shallow_cutting":
+        allowed.add("scipy")  # Qhull; imported when a cutting is built, by the extra "trees"
     for imported, line in imports(path):
         top = imported.partition(".")[0]
-        assert top == "hsr_attention" or top == "numpy" or top in sys.stdlib_module_names, (
+        assert top in allowed or top in sys.stdlib_module_names, (
             f"{module}:{line}: the core imports {imported}"
         )
 

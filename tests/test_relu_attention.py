@@ -143,7 +143,9 @@ def test_minus_infinite_threshold_is_refused():
         hsr.relu_attention(case.q, case.k, case.v, threshold=-np.inf)
 
 
-@pytest.mark.parametrize("power, size", [(3, 1e12), (16, 1e8), (16, 100.0), (12, 1e-3), (16, 1e-3)])
+@pytest.mark.parametrize(
+    "power, size", [(3, 1e12), (16, 1e8), (16, 100.0), (12, 1e-3), (16, 1e-3)]
+)
 def test_powers_do_not_overflow_or_vanish(isa, power, size):
     case = make("random", 7, n=60, m=2)
     big = Case(case.q, (case.k * size).astype(np.float32), case.v)

@@ -5,21 +5,30 @@
 
 #include "kernels/kernels.h"
 #include "threads.h"
+#include "tree/kernels.h"
 
 namespace nb = nanobind;
 
 void init_indexes(nb::module_& m);
 void init_cache(nb::module_& m);
+void init_trees(nb::module_& m);
 
 NB_MODULE(_native, m) {
     m.doc() = "Native kernels, indexes and caches of hsr_attention.";
     m.def("isa_in_use", &hsr::isa_in_use);
     m.def("isa_available", &hsr::isa_available);
-    m.def("use_isa", &hsr::use_isa, nb::arg("name"));
+    m.def(
+        "use_isa",
+        [](const std::string& name) {
+            hsr::use_isa(name);
+            hsr::tree::use_isa(name);
+        },
+        nb::arg("name"));
     m.def("num_threads", &hsr::num_threads);
     m.def("set_num_threads", &hsr::set_num_threads, nb::arg("count"));
     m.def("set_openmp", &hsr::set_openmp, nb::arg("gomp_parallel"));
     m.def("uses_openmp", &hsr::uses_openmp);
     init_indexes(m);
     init_cache(m);
+    init_trees(m);
 }

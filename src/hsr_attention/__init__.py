@@ -4,7 +4,11 @@ from hsr_attention.attention.certificate import Certificate
 from hsr_attention.attention.relu import relu_attention
 from hsr_attention.attention.softmax import softmax_attention
 from hsr_attention.indexes.base import HalfspaceIndex
+from hsr_attention.indexes.choose import halfspace_index
+from hsr_attention.indexes.convex_layers import ConvexLayersIndex
 from hsr_attention.indexes.flat import FlatIndex
+from hsr_attention.indexes.partition_tree import PartitionTreeIndex
+from hsr_attention.indexes.shallow_cutting import ShallowCuttingIndex
 from hsr_attention.indexes.sketch import SketchIndex
 from hsr_attention.kv_cache import KVCache
 from hsr_attention.machine import info, set_num_threads
@@ -22,17 +26,21 @@ _LAZY = {
 
 __all__ = [
     "Certificate",
+    "ConvexLayersIndex",
     "FlatIndex",
     "Gaussian",
     "HSRCache",
     "HalfspaceIndex",
     "KVCache",
+    "PartitionTreeIndex",
     "ReLUPolicy",
     "Report",
+    "ShallowCuttingIndex",
     "SketchIndex",
     "SoftmaxPolicy",
     "Work",
     "enable",
+    "halfspace_index",
     "info",
     "relu_attention",
     "set_num_threads",

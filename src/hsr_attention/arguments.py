@@ -272,3 +272,14 @@ def key_ids(name: str, array: ArrayLike) -> NDArray[np.int64]:
     if (counts > 1).any():
         raise ValueError(f"{name} must not repeat, got id {unique[counts > 1][0]} twice")
     return values
+
+
+def served_dimension(index: str, head_dim: int, served: range) -> None:
+    """Check that a structure serves this dimension; the message names the ones that do."""
+    if head_dim in served:
+        return
+    others = "PartitionTreeIndex, FlatIndex and SketchIndex serve any"
+    if head_dim <= 4 and index == "ConvexLayersIndex" and head_dim > 1:
+        others = "ShallowCuttingIndex serves 2 to 4, " + others
+    span = str(served[0]) if len(served) == 1 else f"{served[0]} to {served[-1]}"
+    raise ValueError(f"{index} serves head_dim {span}, got {head_dim}; {others}")

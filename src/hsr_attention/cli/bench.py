@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hsr_attention.cli import console, options
+from hsr_attention.cli.bench_index import bench_index
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import SoftmaxPolicy
 
@@ -24,6 +25,9 @@ Shape = Annotated[
 @app.callback()
 def _root() -> None:
     pass
+
+
+app.command("index")(bench_index)
 
 
 @app.command()

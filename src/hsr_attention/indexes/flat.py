@@ -19,4 +19,5 @@ class FlatIndex(NativeIndex):
         Copied once into blocks, in their own dtype. 1 <= head_dim <= 512, n >= 0.
     """
 
+    kind = "flat"
     _native_class = _native.FlatIndex

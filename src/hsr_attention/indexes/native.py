@@ -14,6 +14,8 @@ from hsr_attention.report import Report, Work
 class NativeIndex:
     """A half-space reporting index whose keys and loops live in native code."""
 
+    kind: str
+    reason: str = "asked for"  # why ``halfspace_index`` took this kind
     _native_class: ClassVar[Any]
 
     def __init__(self, keys: Any) -> None:

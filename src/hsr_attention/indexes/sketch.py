@@ -24,4 +24,5 @@ class SketchIndex(NativeIndex):
         Copied once, in their own dtype; codes take about one byte a coordinate.
     """
 
+    kind = "sketch"
     _native_class = _native.SketchIndex

@@ -1,0 +1,366 @@
+#include "tree/convex_layers.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <queue>
+
+#include "tree/exact_plane.h"
+
+namespace hsr::tree {
+namespace {
+
+constexpr int32_t kLeaf = 128;     // points that are scanned without a layer
+constexpr int32_t kScanned = 128;  // vertices of a layer that are scanned
+constexpr int kLayers = 8;         // most layers in a node
+constexpr int32_t kSampled = 4;    // every kSampled-th entry of a child's catalogue is in its parent's
+constexpr double kScanShare = 0.15, kHitCost = 4.0, kNodeCost = 25.0, kKeyCost = 0.7;  // see partition_tree.cpp
+
+}  // namespace
+
+struct ConvexLayers::Builder {
+    ConvexLayers& owner;
+    std::vector<Point> points, vertices;
+    std::vector<int32_t> lower, upper;
+    std::vector<uint8_t> taken;
+
+    Builder(ConvexLayers& layers, int64_t size, const float* keys) : owner(layers), points(size_t(size)) {
+        for (int64_t i = 0; i < size; ++i) points[size_t(i)] = {keys[2 * i], keys[2 * i + 1], int32_t(i)};
+        std::sort(points.begin(), points.end(),
+                  [](const Point& a, const Point& b) { return a.x < b.x || (a.x == b.x && a.y < b.y); });
+        taken.resize(points.size());
+        if (size) build(0, size);
+    }
+
+    int32_t build(int64_t begin, int64_t end) {
+        const int32_t index = int32_t(owner.nodes_.size());
+        owner.nodes_.emplace_back();
+        Node node;
+        node.begin = node.inner = int64_t(owner.order_.size());
+        if (end - begin <= kLeaf) {
+            for (int64_t i = begin; i < end; ++i) place(points[size_t(i)]);
+            end = begin;
+        }
+        for (int layer = 0; begin < end && layer < kLayers; ++layer) {
+            const int64_t held = int64_t(owner.order_.size()) - node.begin;
+            if (held >= kScanned * 3 / 4) break;
+            peel(begin, end);
+            const bool large = vertices.size() > size_t(kScanned);
+            if (large && layer > 0) {  // a large layer has a node of its own
+                std::fill(taken.begin() + begin, taken.begin() + end, uint8_t(0));
+                break;
+            }
+            node.searched = large;
+            node.inner = int64_t(owner.order_.size());
+            for (const Point& vertex : vertices) place(vertex);
+            end = remove(begin, end);
+            if (large) break;
+        }
+        node.end = int64_t(owner.order_.size());
+        while (owner.order_.size() % kLanes) owner.order_.push_back(-1);  // nodes start at a block
+        if (begin < end) {
+            const int64_t middle = begin + (end - begin + 1) / 2;
+            node.child[0] = build(begin, middle);
+            if (middle < end) node.child[1] = build(middle, end);
+        }
+        owner.nodes_[size_t(index)] = node;
+        link(owner.nodes_[size_t(index)]);
+        return index;
+    }
+
+    std::vector<float> placed;  // x, y by position, for the angles
+    void place(const Point& point) {
+        const size_t at = owner.order_.size();
+        owner.order_.push_back(point.row);
+        placed.resize(2 * at + 2);
+        placed[2 * at] = point.x;
+        placed[2 * at + 1] = point.y;
+    }
+
+    // The convex hull of points[begin, end), strictly convex, counterclockwise, in `vertices`; marks `taken`.
+    void peel(int64_t begin, int64_t end) {
+        const auto chain = [&](std::vector<int32_t>& stack, int side) {
+            stack.clear();
+            for (int64_t i = begin; i < end; ++i) {
+                const Point& p = points[size_t(i)];
+                while (stack.size() >= 2) {
+                    const Point &a = points[size_t(stack[stack.size() - 2])], &b = points[size_t(stack.back())];
+                    if (side * orientation(a.x, a.y, b.x, b.y, p.x, p.y) > 0) break;
+                    stack.pop_back();
+                }
+                if (stack.size() == 1 && points[size_t(stack[0])].x == p.x && points[size_t(stack[0])].y == p.y)
+                    continue;  // a copy of the first point
+                stack.push_back(int32_t(i));
+            }
+        };
+        chain(lower, 1);
+        chain(upper, -1);
+        vertices.clear();
+        for (int32_t i : lower) vertices.push_back(points[size_t(i)]), taken[size_t(i)] = 1;
+        for (size_t i = upper.size(); i-- > 0;) {
+            if (taken[size_t(upper[i])]) continue;
+            const Point &p = points[size_t(upper[i])], &last = points[size_t(lower.back())];
+            if (p.x == last.x && p.y == last.y) continue;  // another copy of the last point
+            vertices.push_back(p);
+            taken[size_t(upper[i])] = 1;
+        }
+    }
+
+    int64_t remove(int64_t begin, int64_t end) {
+        int64_t kept = begin;
+        for (int64_t i = begin; i < end; ++i) {
+            if (taken[size_t(i)])
+                taken[size_t(i)] = 0;
+            else
+                points[size_t(kept++)] = points[size_t(i)];
+        }
+        return kept;
+    }
+
+    // Entry i of a searched layer is the angle of the outward normal of the edge that leaves vertex i; vertices are
+    // rotated so that the angles ascend. Vertex i is extreme between entry i - 1 and entry i.
+    void own_angles(const Node& node, std::vector<double>& own) {
+        const int64_t n = node.end - node.begin;
+        own.resize(size_t(n));
+        const auto fill = [&] {
+            for (int64_t i = 0; i < n; ++i) {
+                const float* a = &placed[size_t(2 * (node.begin + i))];
+                const float* b = &placed[size_t(2 * (node.begin + (i + 1) % n))];
+                own[size_t(i)] = std::atan2(double(a[0]) - b[0], double(b[1]) - a[1]);
+            }
+        };
+        fill();
+        const int64_t first = std::min_element(own.begin(), own.end()) - own.begin();
+        std::rotate(owner.order_.begin() + node.begin, owner.order_.begin() + node.begin + first,
+                    owner.order_.begin() + node.end);
+        std::rotate(placed.begin() + 2 * node.begin, placed.begin() + 2 * (node.begin + first),
+                    placed.begin() + 2 * node.end);
+        fill();
+        for (size_t i = 1; i < own.size(); ++i) own[i] = std::max(own[i], own[i - 1]);  // rounding of atan2
+    }
+
+    void link(Node& node) {
+        std::vector<double> own, merged;
+        if (node.searched) own_angles(node, own);
+        const double* sources[3] = {own.data(), nullptr, nullptr};
+        int32_t lengths[3] = {int32_t(own.size()), 0, 0};
+        merged = own;
+        for (int c = 0; c < 2; ++c) {
+            if (node.child[c] < 0) continue;
+            const Node& child = owner.nodes_[size_t(node.child[c])];
+            sources[c + 1] = owner.angles_.data() + child.catalogue;
+            lengths[c + 1] = child.entries;
+            for (int32_t i = 0; i < child.entries; i += kSampled) merged.push_back(sources[c + 1][i]);
+        }
+        if (merged.empty()) return;
+        std::sort(merged.begin(), merged.end());
+        node.entries = int32_t(merged.size());
+        std::vector<Link> links;
+        int32_t below[3] = {};
+        for (size_t i = 0; i <= merged.size(); ++i) {
+            for (int s = 0; s < 3; ++s)
+                while (below[s] < lengths[s] && (i == merged.size() || sources[s][below[s]] < merged[i])) ++below[s];
+            links.push_back({below[0], {below[1], below[2]}});
+        }
+        node.catalogue = int64_t(owner.angles_.size());
+        owner.angles_.insert(owner.angles_.end(), merged.begin(), merged.end());
+        owner.angles_.push_back(std::numeric_limits<double>::infinity());  // keeps links and angles aligned
+        owner.links_.insert(owner.links_.end(), links.begin(), links.end());
+    }
+};
+
+ConvexLayers::ConvexLayers(int64_t size, const float* keys, const int64_t* ids) : StaticIndex(2, size, keys, ids) {
+    Builder builder(*this, size, keys);
+    const size_t positions = order_.size();
+    blocks_.assign(2 * positions, std::numeric_limits<float>::quiet_NaN());
+    for (size_t p = 0; p < positions; ++p) {
+        if (order_[p] < 0) continue;
+        for (size_t j = 0; j < 2; ++j)
+            blocks_[p / kLanes * 2 * kLanes + j * kLanes + p % kLanes] = builder.placed[2 * p + j];
+    }
+}
+
+double ConvexLayers::score(int64_t position, const Query& query) const {
+    const float* at = blocks_.data() + position / kLanes * 2 * kLanes + position % kLanes;
+    return query.q[0] * at[0] + query.q[1] * at[kLanes];
+}
+
+ConvexLayers::Link ConvexLayers::link(const Node& node, int32_t entry) const {
+    return links_[size_t(node.catalogue + entry)];
+}
+
+// Entries of the catalogue that are below the angle.
+int32_t ConvexLayers::locate(const Node& node, double angle) const {
+    const double* first = angles_.data() + node.catalogue;
+    return int32_t(std::lower_bound(first, first + node.entries, angle) - first);
+}
+
+// The same, from the link of the parent: too far by fewer than kSampled entries.
+int32_t ConvexLayers::follow(const Node& child, int32_t entry, double angle) const {
+    const double* first = angles_.data() + child.catalogue;
+    while (entry > 0 && !(first[entry - 1] < angle)) --entry;
+    return entry;
+}
+
+// The vertex with the largest exact score, from where the angle says, corrected by exact comparisons.
+int64_t ConvexLayers::extreme(const Node& node, int32_t entry, const Query& query) const {
+    const int64_t n = node.end - node.begin;
+    const auto at = [&](int64_t i) {
+        const int64_t p = node.begin + i;
+        return blocks_.data() + p / kLanes * 2 * kLanes + p % kLanes;
+    };
+    const auto rises = [&](int64_t from, int64_t to) {
+        const float *a = at(from), *b = at(to);
+        return compare_along(query.q[0], query.q[1], a[0], a[kLanes], b[0], b[kLanes]) > 0;
+    };
+    int64_t i = link(node, entry).own % n;
+    while (rises(i, (i + 1) % n)) i = (i + 1) % n;
+    while (rises(i, (i + n - 1) % n)) i = (i + n - 1) % n;
+    return node.begin + i;
+}
+
+bool ConvexLayers::collect(const Query& query, double threshold, Rows& rows) const {
+    rows.scratch.clear();
+    if (nodes_.empty()) return true;
+    double budget = kScanShare * double(size()) * kKeyCost;
+    const double angle = std::atan2(query.q[1], query.q[0]);
+    const Search wanted = search(query, threshold);
+    struct Visit {
+        int32_t node, entry;
+    };
+    Visit stack[64];  // one a level and the levels halve
+    int top = 0;
+    stack[top++] = {0, locate(nodes_[0], angle)};
+    while (top) {
+        const Visit visit = stack[--top];
+        const Node& node = nodes_[size_t(visit.node)];
+        ++rows.counters.nodes;
+        bool open;
+        if (!node.searched) {
+            const auto take = [&](int64_t begin, int64_t end) {
+                const size_t found = kernels().scan(blocks_.data(), 2, begin, end, wanted, order_.data(),
+                                                    rows.scratch.room(size_t(end - begin + kLanes)));
+                rows.scratch.added(found);
+                budget -= kHitCost * double(found);
+                return found;
+            };
+            const size_t innermost = take(node.inner, node.end);
+            if (node.inner > node.begin) take(node.begin, node.inner);
+            rows.counters.scored += node.end - node.begin;
+            budget -= kNodeCost;
+            open = innermost > 0;
+        } else {
+            const int64_t start = extreme(node, visit.entry, query), n = node.end - node.begin;
+            int64_t walked = 0;
+            const auto take = [&](int64_t position) {
+                const double found = score(position, query);
+                ++rows.counters.scored;
+                if (!(found >= threshold)) return false;
+                const float rounded = float(found);
+                uint32_t bits;
+                __builtin_memcpy(&bits, &rounded, 4);
+                rows.scratch.push(uint64_t(uint32_t(order_[size_t(position)])) << 32 | bits);
+                return ++walked, true;
+            };
+            open = take(start);
+            if (open) {
+                for (int64_t p = start;;) {
+                    p = p + 1 == node.end ? node.begin : p + 1;
+                    if (walked == n || !take(p)) break;
+                    if (budget - kHitCost * double(walked) < 0) return false;
+                }
+                for (int64_t p = start;;) {
+                    p = p == node.begin ? node.end - 1 : p - 1;
+                    if (walked == n || !take(p)) break;
+                    if (budget - kHitCost * double(walked) < 0) return false;
+                }
+            }
+            budget -= 2 * kNodeCost + kHitCost * double(walked);
+        }
+        if (budget < 0) return false;
+        if (!open) continue;
+        for (int c = 0; c < 2; ++c) {
+            if (node.child[c] < 0) continue;
+            const Node& child = nodes_[size_t(node.child[c])];
+            __builtin_prefetch(blocks_.data() + 2 * child.begin);
+            __builtin_prefetch(blocks_.data() + 2 * child.begin + 16);
+            __builtin_prefetch(order_.data() + child.begin);
+            const int32_t entry = child.entries ? follow(child, link(node, visit.entry).child[c], angle) : 0;
+            stack[top++] = {node.child[c], entry};
+        }
+    }
+    return true;
+}
+
+void ConvexLayers::report(const Query& query, double threshold, Rows& rows) const {
+    if (collect(query, threshold, rows))
+        append_sorted(rows);
+    else
+        StaticIndex::report(query, threshold, rows);
+}
+
+int64_t ConvexLayers::count(const Query& query, double threshold, Rows& rows) const {
+    return collect(query, threshold, rows) ? count_live(rows) : StaticIndex::count(query, threshold, rows);
+}
+
+void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const {
+    if (int64_t(best.missing()) >= size() / 8) return StaticIndex::top(query, best, counters);
+    const double angle = std::atan2(query.q[1], query.q[0]);
+    struct Visit {
+        double high;  // the largest score on the innermost layer of the parent
+        int32_t node, entry;
+        bool operator<(const Visit& other) const { return high < other.high; }
+    };
+    std::priority_queue<Visit> visits;
+    visits.push({std::numeric_limits<double>::infinity(), 0, locate(nodes_[0], angle)});
+    while (!visits.empty() && !(visits.top().high < best.threshold())) {
+        const Visit visit = visits.top();
+        visits.pop();
+        const Node& node = nodes_[size_t(visit.node)];
+        ++counters.nodes;
+        double high = -std::numeric_limits<double>::infinity();
+        if (!node.searched) {
+            offer_range(blocks_.data(), order_.data(), node.begin, node.end, query, best, counters);
+            for (int64_t p = node.inner; p < node.end; ++p) high = std::max(high, score(p, query));
+        } else {
+            // From the extreme vertex outwards on both sides, the better side first.
+            const int64_t n = node.end - node.begin;
+            int64_t left = extreme(node, visit.entry, query), right = left;
+            high = score(left, query);
+            const auto before = [&](int64_t p) { return p == node.begin ? node.end - 1 : p - 1; };
+            const auto after = [&](int64_t p) { return p + 1 == node.end ? node.begin : p + 1; };
+            const auto offer = [&](int64_t p) {
+                const int64_t position = order_[size_t(p)];
+                if (!dead(position)) best.offer(score(p, query), id(position));
+            };
+            offer(left);
+            double on_left = score(before(left), query), on_right = score(after(right), query);
+            for (int64_t walked = 1; walked < n; ++walked) {
+                ++counters.scored;
+                if (std::max(on_left, on_right) < best.threshold()) break;
+                if (on_left > on_right) {
+                    offer(left = before(left));
+                    on_left = score(before(left), query);
+                } else {
+                    offer(right = after(right));
+                    on_right = score(after(right), query);
+                }
+            }
+        }
+        if (high < best.threshold()) continue;
+        for (int c = 0; c < 2; ++c) {
+            if (node.child[c] < 0) continue;
+            const Node& child = nodes_[size_t(node.child[c])];
+            const int32_t entry = child.entries ? follow(child, link(node, visit.entry).child[c], angle) : 0;
+            visits.push({high, node.child[c], entry});
+        }
+    }
+}
+
+int64_t ConvexLayers::nbytes() const {
+    return StaticIndex::nbytes() +
+           int64_t(nodes_.size() * sizeof(Node) + blocks_.size() * sizeof(float) + order_.size() * sizeof(int32_t) +
+                   angles_.size() * sizeof(double) + links_.size() * sizeof(Link));
+}
+
+}  // namespace hsr::tree

@@ -1,0 +1,69 @@
+// Half-space reporting in the plane in O(log n + k): convex layers in a tree, with fractional cascading.
+//
+// A node takes the outermost convex layers of its points (at least one, and more while they are few), then
+// halves the rest by x for its two children. A half-plane that misses the innermost layer of a node misses
+// everything below it, so every node opened holds a reported point, except children of such nodes: at most 2k + 1 nodes
+// are visited. Layers cost O(points) to find once the points are sorted by x, so a build is O(n log n).
+//
+// A layer of more than kScanned vertices is searched, not scanned: its extreme vertex in the direction of the
+// query is found by the angle of the edges, and the reported vertices are a run around it. The positions of an
+// angle in the layers of a node and of its children are linked (fractional cascading), so the only binary search
+// is at the root.
+//
+// Everything is exact. Layers are built with an exact orientation test; a float64 score in the plane is the exact
+// score rounded once, which is monotone, so scores rise and fall along a layer as the exact ones do and the
+// largest score of a layer bounds what is inside it. No slack is needed.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "tree/static_index.h"
+
+namespace hsr::tree {
+
+class ConvexLayers : public StaticIndex {
+public:
+    ConvexLayers(int64_t size, const float* keys, const int64_t* ids);
+
+    void report(const Query& query, double threshold, Rows& rows) const override;
+    int64_t count(const Query& query, double threshold, Rows& rows) const override;
+    void top(const Query& query, Best& best, Counters& counters) const override;
+    int64_t nbytes() const override;
+
+    int64_t node_count() const { return int64_t(nodes_.size()); }
+
+private:
+    struct Point {
+        float x, y;
+        int32_t row;
+    };
+    struct Node {
+        int64_t begin = 0, inner = 0, end = 0;  // positions: outer layers, then the innermost from `inner`
+        int32_t child[2] = {-1, -1};
+        bool searched = false;  // one layer, counterclockwise, found by angle
+        // Its catalogue: angles of its own edges and of every fourth entry of its children's.
+        int64_t catalogue = 0;
+        int32_t entries = 0;
+    };
+    struct Link {
+        int32_t own, child[2];  // entries below this one in the layer and in the children's catalogues
+    };
+    struct Builder;
+    struct Walk;
+
+    bool collect(const Query& query, double threshold, Rows& rows) const;
+    int32_t locate(const Node& node, double angle) const;
+    int32_t follow(const Node& child, int32_t entry, double angle) const;
+    int64_t extreme(const Node& node, int32_t entry, const Query& query) const;
+    double score(int64_t position, const Query& query) const;
+    Link link(const Node& node, int32_t entry) const;
+
+    std::vector<Node> nodes_;
+    Floats blocks_;               // the points by node, in blocks of 8
+    std::vector<int32_t> order_;  // position in the order of ids of each of them, -1 for padding
+    std::vector<double> angles_;  // the catalogues
+    std::vector<Link> links_;     // one more a node than entries: below everything
+};
+
+}  // namespace hsr::tree

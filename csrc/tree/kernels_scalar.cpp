@@ -1,0 +1,2 @@
+#define HSR_TREE_LEVEL scalar
+#include "tree/kernel_loops.h"

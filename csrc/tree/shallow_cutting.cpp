@@ -1,0 +1,297 @@
+#include "tree/shallow_cutting.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace hsr::tree {
+namespace {
+
+constexpr int kMaxLevels = 24;
+
+// Solves sum_i lambda_i columns[i] = right by elimination with pivoting; false if nearly singular.
+bool solve(int dim, double (*columns)[4], const double* right, double* lambda) {
+    double a[4][5];
+    for (int row = 0; row < dim; ++row) {
+        for (int i = 0; i < dim; ++i) a[row][i] = columns[i][row];
+        a[row][dim] = right[row];
+    }
+    for (int i = 0; i < dim; ++i) {
+        int pivot = i;
+        for (int row = i + 1; row < dim; ++row)
+            if (std::fabs(a[row][i]) > std::fabs(a[pivot][i])) pivot = row;
+        if (!(std::fabs(a[pivot][i]) > 1e-13)) return false;
+        std::swap(a[i], a[pivot]);
+        for (int row = 0; row < dim; ++row) {
+            if (row == i) continue;
+            const double factor = a[row][i] / a[i][i];
+            for (int column = i; column <= dim; ++column) a[row][column] -= factor * a[i][column];
+        }
+    }
+    for (int i = 0; i < dim; ++i) lambda[i] = a[i][dim] / a[i][i];
+    return true;
+}
+
+}  // namespace
+
+ShallowCutting::ShallowCutting(int dim, int64_t size, const float* keys, const int64_t* ids, int leaf_size,
+                               const int32_t* random_order)
+    : PartitionTree(dim, size, keys, ids, leaf_size),
+      position_(random_order, random_order + size),
+      rank_(size_t(size)) {
+    for (int64_t r = 0; r < size; ++r) rank_[size_t(position_[size_t(r)])] = int32_t(r);
+}
+
+void ShallowCutting::add_level(int64_t sample, int64_t facets, const int32_t* simplices, const float* normals) {
+    const size_t d = size_t(dim());
+    Level level;
+    level.sample = sample;
+    level.simplices.assign(simplices, simplices + facets * dim());
+    level.normals.assign(normals, normals + facets * dim());
+    for (int64_t rank = int64_t(samples_.size()) / dim(); rank < sample; ++rank) {
+        samples_.resize(size_t(rank + 1) * d);
+        key(position_[size_t(rank)], samples_.data() + rank * dim());
+    }
+    level.first_facet.assign(size_t(sample) + 1, 0);
+    for (int32_t rank : level.simplices) ++level.first_facet[size_t(rank) + 1];
+    for (size_t v = 0; v < size_t(sample); ++v) level.first_facet[v + 1] += level.first_facet[v];
+    level.around.resize(level.simplices.size());
+    std::vector<int32_t> next(level.first_facet.begin(), level.first_facet.end() - 1);
+    for (int64_t f = 0; f < facets; ++f)
+        for (size_t i = 0; i < d; ++i)
+            level.around[size_t(next[size_t(level.simplices[size_t(f) * d + i])]++)] = int32_t(f);
+
+    Rows rows;
+    std::vector<std::pair<int32_t, int32_t>> list;  // rank, position
+    std::vector<float> row_keys;
+    level.list.push_back(0);
+    for (int64_t f = 0; f < facets; ++f) {
+        const Query normal(normals + f * dim(), dim());
+        double offset = -std::numeric_limits<double>::infinity();
+        for (size_t i = 0; i < d; ++i) offset = std::max(offset, dot(normal, level.simplices[size_t(f) * d + i]));
+        level.offsets.push_back(offset);
+        collect(normal, std::nextafter(offset, std::numeric_limits<double>::infinity()), rows, true);
+        list.clear();
+        for (size_t i = 0; i < rows.scratch.size(); ++i) {
+            const int32_t position = int32_t(rows.scratch.data()[i] >> 32);
+            list.emplace_back(rank_[size_t(position)], position);
+        }
+        std::sort(list.begin(), list.end());
+        row_keys.resize(list.size() * d);
+        for (size_t i = 0; i < list.size(); ++i) {
+            key(list[i].second, row_keys.data() + i * d);
+            level.positions.push_back(list[i].second);
+        }
+        const Floats blocks = blocked(dim(), row_keys.data(), nullptr, int64_t(list.size()));
+        level.keys.insert(level.keys.end(), blocks.begin(), blocks.end());
+        while (level.positions.size() % kLanes) level.positions.push_back(-1);
+        level.list_size.push_back(int32_t(list.size()));
+        level.list.push_back(int64_t(level.positions.size()));
+        level.next_sample.push_back(0);
+    }
+    if (!levels_.empty()) {
+        Level& coarser = levels_.back();
+        for (size_t f = 0; f < coarser.list_size.size(); ++f) {
+            const int32_t* first = coarser.positions.data() + coarser.list[f];
+            coarser.next_sample[f] =
+                int32_t(std::partition_point(first, first + coarser.list_size[f],
+                                             [&](int32_t position) { return rank_[size_t(position)] < sample; }) -
+                        first);
+        }
+    }
+    level.keys.shrink_to_fit();
+    level.positions.shrink_to_fit();
+    levels_.push_back(std::move(level));
+}
+
+double ShallowCutting::dot(const Query& query, int32_t rank) const {
+    const float* key = samples_.data() + int64_t(rank) * dim();
+    double sum = query.q[0] * key[0];
+    for (int j = 1; j < dim(); ++j) sum += query.q[size_t(j)] * key[j];
+    return sum;
+}
+
+// The facets are found by shooting a ray: the cone of directions for which a face of the hull is extreme is cut into
+// simplicial cones that share the normal of the face's first facet m. Moving q away from that normal leaves
+// the cone through the face with one vertex w more; repeat there, until a ridge with two facets is left.
+ShallowCutting::Cone ShallowCutting::cone(const Level& level, int32_t vertex, const Query& query) const {
+    const int d = dim();
+    Cone result;
+    thread_local std::vector<int32_t> facets, fewer;
+    facets.assign(level.around.begin() + level.first_facet[size_t(vertex)],
+                  level.around.begin() + level.first_facet[size_t(vertex) + 1]);
+    double rest[kMaxDim];
+    for (int j = 0; j < d; ++j) rest[j] = query.q[size_t(j)];
+    const float* v = samples_.data() + int64_t(vertex) * d;
+    int chosen = 0;
+    while (chosen + 2 < d) {
+        if (facets.size() < 2) return result;
+        const int32_t m = facets[0];
+        const float* normal = level.normals.data() + int64_t(m) * d;
+        const int32_t* corners = level.simplices.data() + int64_t(m) * d;
+        result.facet[chosen] = m;
+        double nearest = std::numeric_limits<double>::infinity();
+        int32_t exit = -1;
+        for (int32_t f : facets)
+            for (int i = 0; i < d; ++i) {
+                const int32_t w = level.simplices[size_t(f) * size_t(d) + size_t(i)];
+                if (std::find(corners, corners + d, w) != corners + d) continue;
+                const float* to = samples_.data() + int64_t(w) * d;
+                double along = 0, speed = 0;
+                for (int j = 0; j < d; ++j) {
+                    along += rest[j] * (double(v[j]) - to[j]);
+                    speed += normal[j] * (double(v[j]) - to[j]);
+                }
+                if (speed > 0 && along < nearest * speed) nearest = along / speed, exit = w;
+            }
+        if (exit < 0) return result;
+        for (int j = 0; j < d; ++j) rest[j] -= nearest * normal[j];
+        ++chosen;
+        fewer.clear();
+        for (int32_t f : facets) {
+            const int32_t* its = level.simplices.data() + int64_t(f) * d;
+            if (std::find(its, its + d, exit) != its + d) fewer.push_back(f);
+        }
+        std::swap(facets, fewer);
+    }
+    if (facets.size() < 2) return result;
+    result.facet[chosen] = facets[0];
+    result.facet[chosen + 1] = facets[1];
+
+    double columns[4][4], lambda[4];
+    for (int i = 0; i < d; ++i)
+        for (int j = 0; j < d; ++j) columns[i][j] = level.normals[size_t(result.facet[i]) * size_t(d) + size_t(j)];
+    if (!solve(d, columns, query.q.data(), lambda)) return result;
+    double bound = 0, weight = query.norm1, error = 0;
+    for (int i = 0; i < d; ++i) {
+        lambda[i] = std::max(lambda[i], 0.0);
+        bound += lambda[i] * level.offsets[size_t(result.facet[i])];
+        for (int j = 0; j < d; ++j) weight += lambda[i] * std::fabs(columns[i][j]);
+    }
+    for (int j = 0; j < d; ++j) {
+        double left = query.q[size_t(j)];
+        for (int i = 0; i < d; ++i) left -= lambda[i] * columns[i][j];
+        error += std::fabs(left);
+    }
+    // <q, x> = sum_i lambda_i <n_i, x> + <q - sum lambda_i n_i, x>; the last is at most error * M. Rounding: the scores
+    // behind the lists, the offsets, `left` and `bound` are sums of at most 2 d + 2 terms that add up to at most
+    // weight * M; 64 units are twice what four such sums can lose.
+    result.bound = bound + (error + 64 * kUnit * weight) * largest();
+    result.valid = std::isfinite(result.bound);
+    return result;
+}
+
+int ShallowCutting::descend(const Query& query, double threshold, Cone* cones, Counters& counters) const {
+    if (levels_.empty()) return 0;
+    int32_t vertex = 0;
+    double best = -std::numeric_limits<double>::infinity();
+    for (int32_t rank = 0; rank < levels_[0].sample; ++rank) {
+        const double found = dot(query, rank);
+        if (found > best) best = found, vertex = rank;
+    }
+    int written = 0;
+    for (const Level& level : levels_) {
+        if (best >= threshold) break;
+        ++counters.nodes;
+        cones[written] = cone(level, vertex, query);
+        if (!cones[written].valid || !(cones[written].bound < threshold)) break;
+        const Cone& here = cones[written++];
+        for (int i = 0; i < dim(); ++i) {
+            const size_t f = size_t(here.facet[i]);
+            const int32_t* positions = level.positions.data() + level.list[f];
+            for (int32_t e = 0; e < level.next_sample[f]; e += kLanes) {
+                double scores[kLanes];
+                kernels().score(level.keys.data() + (level.list[f] + e) * dim(), dim(), 0, kLanes, query.q.data(),
+                                scores);
+                for (int32_t lane = 0; lane < std::min(kLanes, level.next_sample[f] - e); ++lane)
+                    if (scores[lane] > best) best = scores[lane], vertex = rank_[size_t(positions[e + lane])];
+            }
+        }
+    }
+    return written;
+}
+
+bool ShallowCutting::scan_lists(const Query& query, double threshold, Rows& rows) const {
+    Cone cones[kMaxLevels];
+    const int depth = descend(query, threshold, cones, rows.counters);
+    if (!depth) return false;
+    const Level& level = levels_[size_t(depth - 1)];
+    const Cone& cone = cones[depth - 1];
+    const Search wanted = search(query, threshold);
+    rows.scratch.clear();
+    for (int i = 0; i < dim(); ++i) {
+        const size_t f = size_t(cone.facet[i]);
+        PackedHit* room = rows.scratch.room(size_t(level.list_size[f] + kLanes));
+        rows.scratch.added(kernels().scan(level.keys.data(), dim(), level.list[f], level.list[f] + level.list_size[f],
+                                          wanted, level.positions.data(), room));
+        rows.counters.scored += level.list_size[f];
+        ++rows.counters.nodes;
+    }
+    return true;
+}
+
+void ShallowCutting::report(const Query& query, double threshold, Rows& rows) const {
+    if (scan_lists(query, threshold, rows))
+        append_sorted(rows);
+    else
+        PartitionTree::report(query, threshold, rows);
+}
+
+int64_t ShallowCutting::count(const Query& query, double threshold, Rows& rows) const {
+    if (!scan_lists(query, threshold, rows)) return PartitionTree::count(query, threshold, rows);
+    sort_hits(rows.scratch, rows.sorted, size());
+    const PackedHit* hits = rows.scratch.data();
+    rows.scratch.resize(size_t(std::unique(rows.scratch.data(), rows.scratch.data() + rows.scratch.size()) - hits));
+    return count_live(rows);
+}
+
+// From the finest sample up: the lists are complete above the cone's bound, so they decide as soon as there are
+// enough keys above it.
+void ShallowCutting::top(const Query& query, Best& best, Counters& counters) const {
+    Cone cones[kMaxLevels];
+    int depth = descend(query, std::numeric_limits<double>::infinity(), cones, counters);
+    thread_local std::vector<std::pair<int32_t, double>> found;
+    while (depth-- > 0) {
+        const Level& level = levels_[size_t(depth)];
+        const double bound = cones[depth].bound;
+        found.clear();
+        for (int i = 0; i < dim(); ++i) {
+            const size_t f = size_t(cones[depth].facet[i]);
+            counters.scored += level.list_size[f];
+            ++counters.nodes;
+            for (int32_t e = 0; e < level.list_size[f]; e += kLanes) {
+                double scores[kLanes];
+                kernels().score(level.keys.data() + (level.list[f] + e) * dim(), dim(), 0, kLanes, query.q.data(),
+                                scores);
+                for (int32_t lane = 0; lane < std::min(kLanes, level.list_size[f] - e); ++lane) {
+                    const int32_t position = level.positions[size_t(level.list[f] + e + lane)];
+                    if (scores[lane] > bound && !dead(position)) found.emplace_back(position, scores[lane]);
+                }
+            }
+        }
+        std::sort(found.begin(), found.end());
+        found.erase(std::unique(found.begin(), found.end()), found.end());
+        if (found.size() + best.above(bound) < best.wanted()) continue;
+        for (const auto& [position, score] : found) best.offer(score, id(position));
+        return;
+    }
+    PartitionTree::top(query, best, counters);
+}
+
+int64_t ShallowCutting::list_bytes() const {
+    size_t bytes = 0;
+    for (const Level& level : levels_)
+        bytes += (level.keys.size() + level.normals.size()) * sizeof(float) +
+                 (level.simplices.size() + level.first_facet.size() + level.around.size() + level.list_size.size() +
+                  level.next_sample.size() + level.positions.size()) *
+                     sizeof(int32_t) +
+                 level.offsets.size() * sizeof(double) + level.list.size() * sizeof(int64_t);
+    return int64_t(bytes);
+}
+
+int64_t ShallowCutting::nbytes() const {
+    return PartitionTree::nbytes() + list_bytes() +
+           int64_t((position_.size() + rank_.size()) * sizeof(int32_t) + samples_.size() * sizeof(float));
+}
+
+}  // namespace hsr::tree

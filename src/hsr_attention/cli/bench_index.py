@@ -1,0 +1,93 @@
+"""``hsr bench index``: the low-dimensional indexes against n and against the scan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hsr_attention.experiments import index_scaling
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Read "2..4", "1e3,1e4" or "6" as integers."""
+    try:
+        if ".." in text:
+            first, last = (int(part) for part in text.split(".."))
+            numbers = list(range(first, last + 1))
+        else:
+            numbers = [int(float(part)) for part in text.split(",")]
+    except (ValueError, OverflowError):
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f'{option} must be like "2..8" or "1e3,1e4", got {text!r}')
+    return numbers
+
+
+def _words(option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
+    words = list(allowed) if text == "all" else text.split(",")
+    for word in words:
+        if word not in allowed:
+            raise typer.BadParameter(f"{option} must be among {', '.join(allowed)}, got {word!r}")
+    return words
+
+
+def bench_index(
+    dim: Annotated[str, typer.Option(help="Dimensions: 2..8, or 2,3.")] = "2..4",
+    n: Annotated[str, typer.Option(help="Numbers of keys: 1e3,1e4,1e5.")] = "1e3,1e4,1e5",
+    kind: Annotated[str, typer.Option(help="Indexes, or all that serve the dimension.")] = "all",
+    data: Annotated[str, typer.Option(help="Keys, or all.")] = "gaussian",
+    output: Annotated[
+        str, typer.Option(help="Keys reported: fixed (100, or 1000 from d = 4) or power (n^0.8).")
+    ] = "fixed",
+    queries: Annotated[int, typer.Option(min=1)] = 50,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    seed: int = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG.")] = None,
+) -> None:
+    """Time, work, growth and crossovers of convex layers, partition trees and shallow cuttings."""
+    result = index_scaling.run(
+        dims=_numbers("--dim", dim),
+        sizes=_numbers("--n", n),
+        kinds=_words("--kind", kind, tuple(index_scaling.KINDS)),
+        data=_words("--data", data, index_scaling.DATA),
+        output=_words("--output", output, ("fixed", "power"))[0],
+        queries=queries,
+        threads=threads,
+        seed=seed,
+    )
+    if plot is not None:
+        index_scaling.plot(result, plot)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        _print_tables(result)
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    machine = result["machine"]
+    typer.echo(f"{machine['processor']}, {machine['isa']}, {machine['threads']} thread(s)")
+    typer.echo(
+        "exactness checked against FlatIndex; microseconds a query, batch (one call each)\n"
+    )
+    typer.echo(f"{'kind':16}{'data':10}{'d':>2}{'n':>9}{'k':>8}{'index':>18}{'scan':>20}"
+               f"{'speed-up':>9}{'nodes':>8}{'scored':>9}{'build s':>8}{'B/key':>6}")  # fmt: skip
+    for r in result["rows"]:
+        index = f"{r['batch']:.1f} ({r['single']:.1f})"
+        scan = f"{r['flat_batch']:.0f} ({r['flat_single']:.0f})"
+        typer.echo(f"{r['kind']:16}{r['data']:10}{r['d']:2}{r['n']:9}{r['k']:8.0f}{index:>18}{scan:>20}"
+                   f"{r['speedup']:9.1f}{r['nodes']:8.0f}{r['scored']:9.0f}{r['build']:8.2f}"
+                   f"{r['bytes_per_key']:6.0f}")  # fmt: skip
+    if result["exponents"]:
+        typer.echo("\ngrowth ~ n^e, 95 % confidence")
+    for f in result["exponents"]:
+        typer.echo(f"{f['kind']:16}{f['data']:10}{f['d']:2}  {f['quantity']:6}{f['exponent']:.2f} "
+                   f"[{f['low']:.2f}, {f['high']:.2f}]  theory {f['theory']}")  # fmt: skip
+    typer.echo("\nfaster than the scan from n =")
+    for c in result["crossovers"]:
+        start = "never" if c["from_n"] is None else f"{c['from_n']:.0f}"
+        typer.echo(f"{c['kind']:16}{c['data']:10}{c['d']:2}  {start:>9}  "
+                   f"({c['speedup_at_largest']:.1f}x at the largest n)")  # fmt: skip

@@ -1,0 +1,302 @@
+"""Time and work of the low-dimensional indexes against n: exponents, crossovers, a plot.
+
+Theory (paper, Corollary 3.1; docs/indexes.md): beside the output, nodes visited grow like
+n^(1 - 1/d) in a partition tree, like n^(1 - 1/floor(d/2)) where the partition is shallow, and like
+log n in convex layers and shallow cuttings. Every row is first compared with a scan.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsr_attention import _native
+from hsr_attention.indexes.convex_layers import ConvexLayersIndex
+from hsr_attention.indexes.flat import FlatIndex
+from hsr_attention.indexes.partition_tree import PartitionTreeIndex
+from hsr_attention.indexes.shallow_cutting import ShallowCuttingIndex
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "convex_layers": ConvexLayersIndex,
+    "partition_tree": PartitionTreeIndex,
+    "shallow_cutting": ShallowCuttingIndex,
+}
+DATA = ("gaussian", "uniform", "clusters", "sphere", "boundary")
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: an index of n keys, queries that report about k of them.
+
+    Times are microseconds a query, medians (``build`` is seconds): ``batch`` when all queries are
+    one call, ``single`` with a call each (Python included). ``flat_*`` are those of ``FlatIndex``
+    on the same queries in the same run. With one thread it is the processor time of the thread,
+    which other programs on the machine disturb less; with more it is wall-clock time.
+    """
+
+    kind: str
+    data: str
+    d: int
+    n: int
+    k: float
+    batch: float
+    single: float
+    flat_batch: float
+    flat_single: float
+    nodes: float
+    scored: float
+    build: float
+    bytes_per_key: float
+
+    @property
+    def speedup(self) -> float:
+        """Flat time over index time, in batches."""
+        return self.flat_batch / self.batch
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Growth ~ n^exponent between the sizes measured, with the 95 % confidence interval."""
+
+    kind: str
+    data: str
+    d: int
+    quantity: str
+    exponent: float
+    low: float
+    high: float
+    theory: str
+
+
+def make_data(
+    data: str, n: int, d: int, queries: int, generator: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return keys [n, d] and queries [m, d].
+
+    ``boundary`` puts all keys near one hyperplane, and the hyperplanes of the queries near it.
+    """
+    q = generator.normal(size=(queries, d))
+    if data == "uniform":
+        keys = generator.uniform(-1, 1, size=(n, d))
+    elif data == "clusters":
+        centres = 3 * generator.normal(size=(100, d))
+        member = generator.integers(0, 100, n)
+        spread = generator.uniform(0.1, 1, 100)[member, None]
+        keys = centres[member] + spread * generator.normal(size=(n, d))
+    else:
+        keys = generator.normal(size=(n, d))
+    if data == "sphere":
+        keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    if data == "boundary":
+        normal = generator.normal(size=d)
+        normal /= np.linalg.norm(normal)
+        keys -= (1 - 1e-3) * np.outer(keys @ normal, normal)
+        q = normal + 1e-3 * q
+    return keys.astype(np.float32), q.astype(np.float32)
+
+
+def measure(
+    dims: Sequence[int],
+    sizes: Sequence[int],
+    kinds: Sequence[str] = tuple(KINDS),
+    *,
+    data: Sequence[str] = ("gaussian",),
+    output: str = "fixed",
+    queries: int = 50,
+    seed: int = 0,
+    threads: int = 1,
+) -> list[Row]:
+    """Measure every kind that serves d, for each d, n and data set, against ``FlatIndex``.
+
+    ``output="fixed"``: queries report 100 keys (d <= 3) or 1,000; ``"power"``: n^(4/5).
+    """
+    before = _native.num_threads()
+    _native.set_num_threads(threads)
+    try:
+        return [
+            row
+            for d in dims
+            for name in data
+            for n in sizes
+            for row in _measure_one(kinds, name, d, n, output, queries, seed)
+        ]
+    finally:
+        _native.set_num_threads(before)
+
+
+def _measure_one(
+    kinds: Sequence[str], data: str, d: int, n: int, output: str, queries: int, seed: int
+) -> list[Row]:
+    keys, q = make_data(data, n, d, queries, np.random.default_rng(seed))
+    fixed = 100 if d <= 3 else 1000
+    k = max(1, min(n, round(n**0.8) if output == "power" else fixed))
+    flat = FlatIndex(keys)
+    limits = np.array([flat.top_r(query[None], k).scores.min() for query in q], np.float64)
+    truth = flat.report(q, limits)
+    flat_times = _times(flat, q, limits)
+    rows = []
+    for kind in kinds:
+        if d not in KINDS[kind].dimensions:  # type: ignore[attr-defined]
+            continue
+        clock = _clock()
+        start = clock()
+        index = KINDS[kind](keys)
+        build = clock() - start
+        report = index.report(q, limits)
+        if not (
+            np.array_equal(report.indices, truth.indices)
+            and np.array_equal(report.indptr, truth.indptr)
+        ):
+            raise AssertionError(f"{kind} and FlatIndex differ at d={d}, n={n}, {data}")
+        batch, single = _times(index, q, limits)
+        rows.append(
+            Row(kind, data, d, n, len(report.indices) / queries, batch, single, *flat_times,
+                report.work.nodes_visited / queries, report.work.full_scored / queries, build,
+                index.nbytes / n)
+        )  # fmt: skip
+    return rows
+
+
+def _clock() -> Callable[[], float]:
+    return time.thread_time if _native.num_threads() == 1 else time.perf_counter
+
+
+def _times(
+    index: Any, queries: NDArray[np.float32], limits: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Return medians in microseconds a query: all in one call, and one call each."""
+    clock = _clock()
+    batch, single = [], []
+    for _ in range(REPEATS):
+        start = clock()
+        index.report(queries, limits)
+        batch.append((clock() - start) / len(queries))
+        for i in range(len(queries)):
+            start = clock()
+            index.report(queries[i : i + 1], limits[i : i + 1])
+            single.append(clock() - start)
+    return 1e6 * float(np.median(batch)), 1e6 * float(np.median(single))
+
+
+def theory(kind: str, d: int) -> str:
+    """Return what is known of the growth of a query's work, the output aside."""
+    if kind != "partition_tree":
+        return "log n"
+    shallow = f"n^{1 - 1 / max(1, d // 2):.2f} shallow"
+    proved = {2: ", n^0.79 proved here", 3: ", n^0.94 proved here"}.get(d, "")
+    return f"n^{1 - 1 / d:.2f} (best), {shallow}{proved}"
+
+
+def exponents(rows: Sequence[Row]) -> list[Fit]:
+    """Fit log quantity = a + e log n where a kind, data set and dimension has three sizes.
+
+    Rows of a fixed output that report more than n / 32 keys are left out: they are scans.
+    """
+    from scipy.stats import linregress, t
+
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        if row.k > 32 and row.k > row.n / 32 and row.k < 0.9 * row.n**0.8:
+            continue
+        groups.setdefault((row.kind, row.data, row.d), []).append(row)
+    fits = []
+    for (kind, data, d), members in groups.items():
+        if len({row.n for row in members}) < 3:
+            continue
+        x = np.log([row.n for row in members])
+        for quantity in ("nodes", "scored", "batch"):
+            y = np.log([max(getattr(row, quantity), 1.0) for row in members])
+            fit: Any = linregress(x, y)
+            half = t.ppf(0.975, len(members) - 2) * fit.stderr
+            fits.append(
+                Fit(kind, data, d, quantity, fit.slope, fit.slope - half, fit.slope + half,
+                    theory(kind, d))
+            )  # fmt: skip
+    return fits
+
+
+def crossovers(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return, for each kind, data set and d, the n from which the index beats a scan in batches.
+
+    Interpolated between sizes on logarithmic scales; None if it never does.
+    """
+    found = []
+    for kind, data, d in sorted({(row.kind, row.data, row.d) for row in rows}):
+        members = [row for row in rows if (row.kind, row.data, row.d) == (kind, data, d)]
+        members.sort(key=lambda row: row.n)
+        gains = np.log([row.speedup for row in members])
+        sizes = np.log([row.n for row in members])
+        wins = np.flatnonzero(gains > 0)
+        n: float | None = None
+        if wins.size and (wins[0] == 0):
+            n = float(members[0].n)
+        elif wins.size:
+            i = int(wins[0])
+            share = -gains[i - 1] / (gains[i] - gains[i - 1])
+            n = float(np.exp(sizes[i - 1] + share * (sizes[i] - sizes[i - 1])))
+        found.append({"kind": kind, "data": data, "d": d, "from_n": n,
+                      "speedup_at_largest": members[-1].speedup})  # fmt: skip
+    return found
+
+
+def run(**options: Any) -> dict[str, Any]:
+    """Measure, fit and find crossovers; everything as plain values, with the machine."""
+    rows = measure(**options)
+    return {
+        "machine": {"processor": _processor(), "isa": _native.tree_isa_in_use(),
+                    "threads": options.get("threads", 1)},
+        "rows": [{**asdict(row), "speedup": row.speedup} for row in rows],
+        "exponents": [asdict(fit) for fit in exponents(rows)],
+        "crossovers": crossovers(rows),
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def plot(result: dict[str, Any], path: str | Path) -> None:
+    """Draw time and nodes visited against n, a column a dimension; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"]
+    dims = sorted({row["d"] for row in rows})
+    size = (4 * len(dims), 7)
+    figure, axes = plt.subplots(2, len(dims), figsize=size, squeeze=False, sharex=True)
+    for column, d in enumerate(dims):
+        groups = sorted({(r["kind"], r["data"]) for r in rows if r["d"] == d})
+        for kind, data in groups:
+            members = sorted(
+                (r for r in rows if (r["kind"], r["data"], r["d"]) == (kind, data, d)),
+                key=lambda r: r["n"],
+            )
+            sizes = [r["n"] for r in members]
+            label = f"{kind.replace('_', ' ')}, {data}"
+            axes[0][column].loglog(sizes, [r["batch"] for r in members], "o-", label=label)
+            axes[1][column].loglog(sizes, [r["nodes"] for r in members], "o-", label=label)
+        scans = sorted({(r["n"], r["flat_batch"]) for r in rows if r["d"] == d})
+        axes[0][column].loglog(*zip(*scans, strict=True), "k.", label="scan")
+        axes[0][column].set_title(f"d = {d}")
+        axes[1][column].set_xlabel("keys n")
+    axes[0][0].set_ylabel("microseconds a query")
+    axes[1][0].set_ylabel("nodes visited a query")
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
