@@ -21,7 +21,7 @@ NB_MODULE(_native, m) {
         "use_isa",
         [](const std::string& name) {
             hsr::use_isa(name);
-            hsr::tree::use_isa(name);
+            hsr::tree::follow_isa();
         },
         nb::arg("name"));
     m.def("num_threads", &hsr::num_threads);

@@ -205,6 +205,4 @@ void init_trees(nb::module_& m) {
                 return to_python(std::move(report));
             },
             "queries"_a, "r"_a);
-    m.def("tree_isa_in_use", [] { return std::string(kernels().name); });
-    m.def("use_tree_isa", &use_isa, "name"_a);
 }

@@ -1,8 +1,6 @@
 #include "tree/kernels.h"
 
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
+#include "kernels/kernels.h"
 
 namespace hsr::tree {
 
@@ -20,48 +18,22 @@ const Kernels& table();
 
 namespace {
 
-struct Level {
-    const char* name;
-    const Kernels& (*table)();
-    bool (*supported)();
-};
-
-// Best first.
-const Level kLevels[] = {
+const Kernels* table_of([[maybe_unused]] const std::string& level) {
 #if defined(__x86_64__)
-    {"avx512", avx512::table,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-     }},
-    {"avx2", avx2::table, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    if (level == "avx512") return &avx512::table();
+    if (level == "avx2") return &avx2::table();
 #endif
-    {"scalar", scalar::table, [] { return true; }},
-};
-
-const Kernels* find(const std::string& name) {
-    for (const Level& level : kLevels) {
-        if (name != level.name) continue;
-        if (!level.supported()) throw std::invalid_argument("isa '" + name + "' is not supported by this machine");
-        return &level.table();
-    }
-    throw std::invalid_argument("unknown isa '" + name + "'; expected one of scalar, avx2, avx512");
+    return &scalar::table();
 }
 
 const Kernels*& current() {
-    static const Kernels* chosen = [] {
-        const char* wanted = std::getenv("HSR_ISA");
-        if (wanted && *wanted) return find(wanted);
-        for (const Level& level : kLevels)
-            if (level.supported()) return &level.table();
-        return find("scalar");
-    }();
+    static const Kernels* chosen = table_of(isa_in_use());
     return chosen;
 }
 
 }  // namespace
 
 const Kernels& kernels() { return *current(); }
-void use_isa(const std::string& name) { current() = find(name); }
+void follow_isa() { current() = table_of(isa_in_use()); }
 
 }  // namespace hsr::tree

@@ -50,9 +50,8 @@ struct Kernels {
                    double* middle, double* spread);
 };
 
-// The best level of this machine, or the one the environment variable HSR_ISA names.
+// At the level that kernels/dispatch.cpp chose; follow_isa after it has chosen another.
 const Kernels& kernels();
-// Throws std::invalid_argument when the level is unknown or the machine lacks it.
-void use_isa(const std::string& name);
+void follow_isa();
 
 }  // namespace hsr::tree

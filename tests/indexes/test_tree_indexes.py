@@ -52,16 +52,16 @@ def test_exact_when_deep(kind, d, geometry):
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_every_instruction_set_reports_the_same(kind, isa):
-    before = _native.tree_isa_in_use()
+    before = _native.isa_in_use()
     try:
-        _native.use_tree_isa(isa)
+        _native.use_isa(isa)
     except ValueError:
         pytest.skip(f"this machine has no {isa}")
     try:
         for seed in range(30):
             random_history(KINDS[kind][0], KINDS[kind][1], np.random.default_rng(seed), SIZES)
     finally:
-        _native.use_tree_isa(before)
+        _native.use_isa(before)
 
 
 @settings(deadline=None, max_examples=60)

@@ -251,7 +251,7 @@ def run(**options: Any) -> dict[str, Any]:
     """Measure, fit and find crossovers; everything as plain values, with the machine."""
     rows = measure(**options)
     return {
-        "machine": {"processor": _processor(), "isa": _native.tree_isa_in_use(),
+        "machine": {"processor": _processor(), "isa": _native.isa_in_use(),
                     "threads": options.get("threads", 1)},
         "rows": [{**asdict(row), "speedup": row.speedup} for row in rows],
         "exponents": [asdict(fit) for fit in exponents(rows)],
