@@ -77,7 +77,9 @@ def imports(path):
                 yield (child if is_module else base), node.lineno
 
 
-@pytest.mark.parametrize("path, module", list(modules()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "path, module", list(modules()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_imports_run_one_way(path, module):
     floor = FLOOR[unit(module)]
     for imported, line in imports(path):
@@ -111,7 +113,9 @@ def test_nothing_imports_in_a_circle():
         visit(name, ())
 
 
-@pytest.mark.parametrize("path, module", list(modules()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "path, module", list(modules()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_only_the_integrations_import_torch(path, module):
     if module.partition(".")[0] in USES_TORCH:
         return

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <shared_mutex>
 #include <vector>
 
 #include "sketch/key_sketch.h"
@@ -38,7 +39,11 @@ public:
     // Root mean square of the coordinates of the keys ever appended to one head.
     double key_rms(int head) const;
 
+    // Held by callers from several threads: shared to read, alone to append, crop or reorder.
+    std::shared_mutex& mutex() const { return mutex_; }
+
 private:
+    mutable std::shared_mutex mutex_;
     int batch_, kv_heads_;
     bool sketch_values_;
     RowStore keys_, values_;

@@ -2,6 +2,7 @@
 #include <nanobind/stl/string.h>
 
 #include <limits>
+#include <mutex>
 
 #include "attention/attend.h"
 #include "bindings/arrays.h"
@@ -26,6 +27,7 @@ void append(LayerCache& self, const AnyArray& keys, const AnyArray& values, cons
     nb::gil_scoped_release release;
     require_finite(keys_name.c_str(), k);
     require_finite(values_name.c_str(), v, kValueLimit);
+    const std::unique_lock lock(self.mutex());
     self.append(k, v);
 }
 
@@ -36,11 +38,6 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
                        std::optional<Mask> mask) {
     AttendQueries call{};
     call.queries = token_array(queries, dtype);
-    std::vector<int64_t> newest;
-    if (!visible)
-        for (int64_t i = 0; i < call.queries.tokens; ++i)
-            newest.push_back(int64_t(self.size()) - call.queries.tokens + i + 1);
-    call.visible = visible ? visible->data() : newest.data();
     call.thresholds = thresholds ? thresholds->data() : nullptr;
     if (mask) {
         if (mask->stride(2) != 1 && mask->shape(2) > 1)
@@ -67,6 +64,16 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
         require_finite("q", call.queries);
         const AttendResult result{out.data(),     bound.data(),   estimate.data(),
                                   omitted.data(), density.data(), lse.data()};
+        const std::shared_lock lock(self.mutex());
+        // Other threads may have changed the cache since Python looked.
+        if (mask && mask->shape(2) != self.size())
+            throw std::invalid_argument("mask must have one column a cached token, got " +
+                                        std::to_string(mask->shape(2)) + " for " + std::to_string(self.size()));
+        std::vector<int64_t> newest;
+        if (!visible)
+            for (int64_t i = 0; i < call.queries.tokens; ++i)
+                newest.push_back(int64_t(self.size()) - call.queries.tokens + i + 1);
+        call.visible = visible ? visible->data() : newest.data();
         work = attend(self, settings, call, result);
     }
     auto answer = own(std::move(out), {batch, heads, m, dim});
@@ -86,7 +93,14 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
 }
 
 // Keys or values as [batch, heads, n, dim], read-only, without a copy; later appends do not move it.
-nb::object rows_view(const RowStore& store, int batch) {
+nb::object rows_view(const LayerCache& cache, bool keys) {
+    std::shared_lock lock(cache.mutex(), std::defer_lock);
+    {
+        nb::gil_scoped_release release;  // a writer that holds the lock may wait for the GIL
+        lock.lock();
+    }
+    const RowStore& store = keys ? cache.keys() : cache.values();
+    const int batch = cache.batch();
     auto* held = new std::shared_ptr<const Buffer>(store.share());
     nb::capsule owner(held, [](void* p) noexcept { delete static_cast<std::shared_ptr<const Buffer>*>(p); });
     static float nothing = 0;
@@ -117,11 +131,19 @@ void init_cache(nb::module_& m) {
         .def_prop_ro("code_nbytes", &LayerCache::code_nbytes)
         .def("__len__", &LayerCache::size)
         .def("append", &append, "keys"_a, "values"_a, "keys_name"_a, "values_name"_a)
-        .def("crop", &LayerCache::crop, "size"_a)
+        .def(
+            "crop",
+            [](LayerCache& self, size_t size) {
+                nb::gil_scoped_release release;
+                const std::unique_lock lock(self.mutex());
+                self.crop(std::min(size, self.size()));
+            },
+            "size"_a)
         .def(
             "reorder",
             [](LayerCache& self, const VectorIds& sources) {
                 nb::gil_scoped_release release;
+                const std::unique_lock lock(self.mutex());
                 self.reorder(sources.data(), sources.shape(0));
             },
             "sources"_a)
@@ -131,8 +153,8 @@ void init_cache(nb::module_& m) {
                  for (int head = 0; head < self.batch() * self.kv_heads(); ++head) rms.push_back(self.key_rms(head));
                  return own(std::move(rms), {size_t(self.batch()), size_t(self.kv_heads())});
              })
-        .def("keys", [](const LayerCache& self) { return rows_view(self.keys(), self.batch()); })
-        .def("values", [](const LayerCache& self) { return rows_view(self.values(), self.batch()); })
+        .def("keys", [](const LayerCache& self) { return rows_view(self, true); })
+        .def("values", [](const LayerCache& self) { return rows_view(self, false); })
         .def("attend", &attend_cache, "queries"_a, "dtype"_a, "visible"_a.none(), nb::kw_only(), "rule"_a,
              "sketch_tail"_a, "scale"_a, "epsilon"_a, "exact_share"_a, "top_r"_a, "power"_a, "certify"_a,
              "with_certificate"_a, "thresholds"_a.none(), "mask"_a.none());

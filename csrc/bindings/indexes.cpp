@@ -1,3 +1,5 @@
+#include <mutex>
+
 #include "bindings/arrays.h"
 #include "index/flat_index.h"
 #include "index/sketch_index.h"
@@ -46,6 +48,7 @@ void bind_index(nb::module_& m, const char* name) {
                 const TokenArray rows = token_array(keys, int(self.dtype()));
                 nb::gil_scoped_release release;
                 require_finite("keys", rows);
+                const std::unique_lock lock(self.mutex());
                 return self.append(rows);
             },
             "keys"_a)
@@ -53,6 +56,7 @@ void bind_index(nb::module_& m, const char* name) {
             "delete",
             [](Index& self, const VectorIds& ids) {
                 nb::gil_scoped_release release;
+                const std::unique_lock lock(self.mutex());
                 self.remove(ids.data(), ids.shape(0));
             },
             "ids"_a)
@@ -63,6 +67,7 @@ void bind_index(nb::module_& m, const char* name) {
                 {
                     nb::gil_scoped_release release;
                     const auto rows = floats(queries, dtype, "queries");
+                    const std::shared_lock lock(self.mutex());
                     report = self.report(rows.data(), thresholds.data(), thresholds.shape(0));
                 }
                 return arrays(std::move(report));
@@ -76,6 +81,7 @@ void bind_index(nb::module_& m, const char* name) {
                 {
                     nb::gil_scoped_release release;
                     const auto rows = floats(queries, dtype, "queries");
+                    const std::shared_lock lock(self.mutex());
                     counts = self.count(rows.data(), thresholds.data(), thresholds.shape(0), work);
                 }
                 const size_t m = counts.size();
@@ -89,6 +95,7 @@ void bind_index(nb::module_& m, const char* name) {
                 {
                     nb::gil_scoped_release release;
                     const auto rows = floats(queries, dtype, "queries");
+                    const std::shared_lock lock(self.mutex());
                     report = self.top_r(rows.data(), queries.shape(0), r);
                 }
                 return arrays(std::move(report));

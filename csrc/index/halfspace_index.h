@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <shared_mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -101,6 +102,9 @@ public:
     HalfspaceIndex(int dim, Dtype dtype) : dim_(dim), dtype_(dtype) {}
     virtual ~HalfspaceIndex() = default;
 
+    // Held by callers from several threads: shared to read, alone to append or delete.
+    std::shared_mutex& mutex() const { return mutex_; }
+
     int dim() const { return dim_; }
     Dtype dtype() const { return dtype_; }
     size_t size() const { return live_.live(); }
@@ -123,6 +127,8 @@ protected:
     virtual double threshold_for(const float* query, double norm, size_t r, WorkCounters& work) const = 0;
     virtual void append_rows(const TokenArray& keys) = 0;
     virtual void keep_rows(const std::vector<size_t>& positions) = 0;
+
+    mutable std::shared_mutex mutex_;
 
     size_t blocks() const { return (live_.positions() + kBlock - 1) / kBlock; }
 
