@@ -51,10 +51,10 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
-lint: $(LINT)/.tools
+lint: $(LINT)/.tools $(VENV)/.dependencies
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
-	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
+	$(LINT)/bin/pyright --pythonpath $(BIN)/python
 	$(LINT)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp,$(NATIVE))
 
 format: $(LINT)/.tools
