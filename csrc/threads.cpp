@@ -9,8 +9,10 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -93,9 +95,14 @@ struct Job {
 
 class Pool {
 public:
-    explicit Pool(int workers) {
-        for (int i = 0; i < workers; ++i) threads_.emplace_back([this] { loop(); });
+    // A system that refuses more threads leaves the pool with fewer.
+    explicit Pool(int wanted) : wanted_(wanted) {
+        try {
+            for (int i = 0; i < wanted; ++i) threads_.emplace_back([this] { loop(); });
+        } catch (const std::system_error&) {
+        } catch (const std::bad_alloc&) {}
     }
+    int wanted() const { return wanted_; }
     ~Pool() {
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -136,6 +143,7 @@ private:
         }
     }
 
+    const int wanted_;
     std::vector<std::thread> threads_;
     std::mutex mutex_;
     std::condition_variable wake_;
@@ -182,7 +190,7 @@ void parallel_for(size_t tasks, int threads, const std::function<void(size_t)>& 
         } else {
             static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
             (void)registered;
-            if (pool && pool->workers() != num_threads() - 1) {
+            if (pool && pool->wanted() != num_threads() - 1) {
                 delete pool;
                 pool = nullptr;
             }

@@ -121,16 +121,20 @@ private:
     // Candidates of all chunks are needed before the r largest are known.
     bool collects() const { return settings_.rule == Rule::top_r && !settings_.sketch_tail; }
     bool reads_value_codes() const { return !relu() && settings_.sketch_tail; }
-    bool certify() const { return !relu() && (settings_.certify || settings_.rule == Rule::epsilon); }
+    // The omitted share has a bound to keep.
+    bool bounds_mass() const { return settings_.rule == Rule::epsilon || (settings_.sketch_tail && !relu()); }
+    bool certify() const { return !relu() && (settings_.certify || bounds_mass()); }
 
     const uint8_t* mask_row(const Tile& tile, int q) const {
         if (!queries_.mask) return nullptr;
         return queries_.mask + tile.row * queries_.mask_batch_stride + tile.query[q] * queries_.mask_query_stride;
     }
     int store_head(const Tile& tile) const { return tile.row * cache_.kv_heads() + tile.kv_head; }
+    // Far from scale 1, products of float32 could leave its range before the scale brings them back.
+    bool in_float64() const { return exact_rule() || !(settings_.scale > 1e-6 && settings_.scale < 1e6); }
     double logit(const Tile& tile, int q, size_t key) const {
         const void* row = cache_.keys().row(key, store_head(tile));
-        if (exact_rule())
+        if (in_float64())
             return settings_.scale * kernels().dot64(cache_.dtype(), row, tile.vector[q], cache_.key_dim());
         return settings_.scale * double(kernels().dot(cache_.dtype(), row, tile.vector[q], cache_.key_dim()));
     }
@@ -674,8 +678,7 @@ private:
         // exp(-band) >= 1 - band
         const double surely = exact_mass * std::max(0.0, 1 - tile.float_slack[q]) +
                               std::max(0.0, total.sketched[0] * 0.9999 - total.weight_band[0] * 1.0001);
-        if (settings_.rule == Rule::epsilon && tile.selection[q].threshold > -kInf &&
-            omitted > settings_.epsilon * (surely + omitted)) {
+        if (bounds_mass() && tile.selection[q].threshold > -kInf && omitted > settings_.epsilon * (surely + omitted)) {
             Selection& selection = tile.selection[q];
             const double next = selection.threshold - tile.lowering[q];
             tile.lowering[q] *= 2;
@@ -706,7 +709,7 @@ private:
             return true;
         }
         result_.omitted_mass[place] = omitted > 0 ? std::min(1.0f, up(omitted / (surely + omitted))) : 0.0f;
-        certificate(tile, q, place, mass, exact_mass, omitted, total, kept, steps, squares, out);
+        certificate(tile, q, place, mass, exact_mass, omitted, tail.relu_top[q], total, kept, steps, squares, out);
         return true;
     }
 
@@ -724,11 +727,18 @@ private:
     }
 
     void certificate(const Tile& tile, int q, size_t place, double mass, double exact_mass, double omitted,
-                     const Partial& total, int64_t kept, const double* steps, const double* squares, const float* out) {
+                     double relu_top, const Partial& total, int64_t kept, const double* steps, const double* squares,
+                     const float* out) {
         const ValueSketch& values = cache_.value_sketch(store_head(tile));
         // Share of the mass that is misplaced: omitted, or given by a wrong weight. expm1 of the band of a
         // full-precision logit is its float32 rounding.
-        const double exact_error = relu() ? 0.0 : exact_mass * std::expm1(2 * tile.float_slack[q] + 1e-6);
+        // ReLU: a float64 logit is off by at most `slack`, and then a weight, relative to the power of the
+        // largest excess, by (1 + slack / excess)^power - 1.
+        const double slack = settings_.scale * tile.norm[q] * cache_.largest_key_norm(store_head(tile)) *
+                             (cache_.key_dim() / 16.0 + 8.0) * 1.2e-16;
+        const double exact_error =
+            relu() ? double(tile.seen[q]) * std::expm1(settings_.power * std::log1p(slack / relu_top))
+                   : exact_mass * std::expm1(2 * tile.float_slack[q] + 1e-6);
         const double wrong = (omitted + total.weight_band[0] * tile.selection[q].growth * 1.0001 + exact_error) / mass;
         double bound = 0, variance = 0, spread = 0, largest = 0;
         for (int i = 0; i < cache_.value_dim(); ++i) {

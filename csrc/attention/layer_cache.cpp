@@ -27,17 +27,22 @@ size_t LayerCache::code_nbytes() const {
 
 void LayerCache::append(const TokenArray& keys, const TokenArray& values) {
     const size_t first = size();
-    keys_.append(keys);
     try {
+        keys_.append(keys);
         values_.append(values);
-    } catch (...) {
-        keys_.crop(first);
+        code_from(first);
+    } catch (...) {  // out of memory: as before, but for norms and ranges, which stay bounds
+        crop(first);
         throw;
     }
-    appended_ += size_t(keys.tokens);
+}
+
+void LayerCache::code_from(size_t first) {
+    const size_t tokens = size() - first;
+    appended_ += tokens;
     // For the few tokens of decoding, other threads would take longer to wake than the work takes.
     const size_t heads = size_t(batch_ * kv_heads_);
-    const bool small = size_t(keys.tokens) * heads * size_t(key_dim() + value_dim()) < (1u << 17);
+    const bool small = tokens * heads * size_t(key_dim() + value_dim()) < (1u << 17);
     parallel_for(heads, small ? 1 : num_threads(), [&](size_t head) {
         float row[kMaxHeadDim];
         for (size_t t = first; t < size(); ++t) {
@@ -65,8 +70,8 @@ void LayerCache::crop(size_t size) {
 }
 
 void LayerCache::reorder(const int64_t* sources, size_t count) {
-    keys_.reorder(sources, count, kv_heads_);
-    values_.reorder(sources, count, kv_heads_);
+    RowStore keys = keys_.reordered(sources, count, kv_heads_);
+    RowStore values = values_.reordered(sources, count, kv_heads_);
     // A row used for the last time is moved, not copied.
     std::vector<size_t> last(size_t(batch_), count);
     for (size_t i = 0; i < count; ++i) last[size_t(sources[i])] = i;
@@ -87,6 +92,8 @@ void LayerCache::reorder(const int64_t* sources, size_t count) {
             norms.push_back(key_norms_[from]);
             squares.push_back(key_squares_[from]);
         }
+    keys_ = std::move(keys);
+    values_ = std::move(values);
     key_sketches_ = std::move(key_sketches);
     value_sketches_ = std::move(value_sketches);
     key_norms_ = std::move(norms);

@@ -43,6 +43,8 @@ public:
     std::shared_mutex& mutex() const { return mutex_; }
 
 private:
+    void code_from(size_t first);
+
     mutable std::shared_mutex mutex_;
     int batch_, kv_heads_;
     bool sketch_values_;

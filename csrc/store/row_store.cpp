@@ -1,5 +1,6 @@
 #include "store/row_store.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -41,7 +42,7 @@ RowStore::RowStore(const RowStore& other)
     : heads_(other.heads_), dim_(other.dim_), dtype_(other.dtype_), row_bytes_(other.row_bytes_) {
     reserve(other.nbytes());
     if (other.size_) std::memcpy(buffer_->data(), other.buffer_->data(), other.nbytes());
-    size_ = other.size_;
+    size_ = written_ = other.size_;
 }
 
 void RowStore::reserve(size_t bytes) {
@@ -50,14 +51,21 @@ void RowStore::reserve(size_t bytes) {
         buffer_->reserve(bytes);
         return;
     }
-    auto larger = std::make_shared<Buffer>();
-    larger->reserve(bytes + bytes / 2);
-    std::memcpy(larger->data(), buffer_->data(), nbytes());
-    buffer_ = std::move(larger);
+    replace(bytes + bytes / 2);
+}
+
+void RowStore::replace(size_t bytes) {
+    auto fresh = std::make_shared<Buffer>();
+    fresh->reserve(bytes);
+    if (size_) std::memcpy(fresh->data(), buffer_->data(), nbytes());
+    buffer_ = std::move(fresh);
+    written_ = size_;
 }
 
 void RowStore::append(const TokenArray& array) {
-    reserve((size_ + size_t(array.tokens)) * token_bytes());
+    const size_t bytes = (size_ + size_t(array.tokens)) * token_bytes();
+    if (size_ < written_ && buffer_.use_count() > 1) replace(bytes);  // cropped, and somebody reads the rest
+    reserve(bytes);
     uint8_t* to = buffer_->data() + size_ * token_bytes();
     const size_t item = item_size(dtype_);
     const bool plain = array.dim_stride == 1 || array.dim == 1;
@@ -75,18 +83,19 @@ void RowStore::append(const TokenArray& array) {
                 }
             }
     size_ += size_t(array.tokens);
+    written_ = std::max(written_, size_);
 }
 
-void RowStore::reorder(const int64_t* sources, size_t count, int heads_per_row) {
-    const size_t piece = row_bytes_ * size_t(heads_per_row), old_token = token_bytes();
-    auto moved = std::make_shared<Buffer>();
-    moved->reserve(size_ * piece * count);
-    uint8_t* to = moved->data();
+RowStore RowStore::reordered(const int64_t* sources, size_t count, int heads_per_row) const {
+    const size_t piece = row_bytes_ * size_t(heads_per_row);
+    RowStore out(int(count) * heads_per_row, dim_, dtype_);
+    out.reserve(size_ * out.token_bytes());
+    uint8_t* to = out.buffer_->data();
     for (size_t t = 0; t < size_; ++t)
         for (size_t i = 0; i < count; ++i, to += piece)
-            std::memcpy(to, buffer_->data() + t * old_token + size_t(sources[i]) * piece, piece);
-    buffer_ = std::move(moved);
-    heads_ = int(count) * heads_per_row;
+            std::memcpy(to, buffer_->data() + t * token_bytes() + size_t(sources[i]) * piece, piece);
+    out.size_ = out.written_ = size_;
+    return out;
 }
 
 void RowStore::keep(const size_t* tokens, size_t count) {
@@ -95,7 +104,7 @@ void RowStore::keep(const size_t* tokens, size_t count) {
     for (size_t i = 0; i < count; ++i)
         std::memcpy(moved->data() + i * token_bytes(), buffer_->data() + tokens[i] * token_bytes(), token_bytes());
     buffer_ = std::move(moved);
-    size_ = count;
+    size_ = written_ = count;
 }
 
 }  // namespace hsr

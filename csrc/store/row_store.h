@@ -28,6 +28,7 @@ public:
     RowStore(int heads, int dim, Dtype dtype);
     RowStore(const RowStore&);
     RowStore(RowStore&&) = default;
+    RowStore& operator=(RowStore&&) = default;
 
     int heads() const { return heads_; }
     int dim() const { return dim_; }
@@ -42,19 +43,21 @@ public:
     }
     void append(const TokenArray& array);
     void crop(size_t size) { size_ = size; }
-    // Token rows become rows[sources[0]], rows[sources[1]], ...: `heads_per_row` heads each.
-    void reorder(const int64_t* sources, size_t count, int heads_per_row);
+    // The store whose token rows are rows[sources[0]], rows[sources[1]], ...: `heads_per_row` heads each.
+    RowStore reordered(const int64_t* sources, size_t count, int heads_per_row) const;
     void keep(const size_t* tokens, size_t count);  // ascending
 
-    // For a reader outside: while it is held, growing allocates anew instead of moving the memory.
+    // For a reader outside: while it is held, its rows are neither moved nor written over.
     std::shared_ptr<const Buffer> share() const { return buffer_; }
 
 private:
     void reserve(size_t bytes);
+    void replace(size_t bytes);
 
     int heads_, dim_;
     Dtype dtype_;
     size_t row_bytes_, size_ = 0;
+    size_t written_ = 0;  // rows of this buffer that a reader may have seen; more than size_ after a crop
     std::shared_ptr<Buffer> buffer_ = std::make_shared<Buffer>();
 };
 

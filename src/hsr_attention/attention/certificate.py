@@ -16,7 +16,8 @@ class Certificate:
     ----------
     error_bound
         Deterministic: |out - exact|_inf <= error_bound, in the units of the values. Derived in
-        ``DESIGN.md``, "The certificate".
+        ``DESIGN.md``, "The certificate". ReLU: which keys lie above the threshold is decided in
+        float64.
     estimated_error
         An *estimate* of the same error, for rounding errors of codes that are independent. Not a
         bound.
