@@ -34,6 +34,7 @@ class SoftmaxPolicy:
     tail : "sketch" or "drop"
         Keys outside the exact set: weigh them from their codes, down to an omitted share of at most
         ``tail_epsilon`` of the mass (of ``epsilon`` under that rule); or drop them, as the paper.
+        With "drop" the exact set is decided by full-precision logits, with "sketch" by 8-bit ones.
     exact : bool
         Everything that is kept is read at full precision (implies ``tail="drop"``).
     exact_share : float in (0, 1)

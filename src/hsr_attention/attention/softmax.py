@@ -20,6 +20,7 @@ def softmax_attention(
     epsilon: float | None = None,
     threshold: ArrayLike | None = None,
     tail: str = "sketch",
+    exact: bool = False,
     scale: float | None = None,
     is_causal: bool = False,
     mask: Any = None,
@@ -41,6 +42,8 @@ def softmax_attention(
         numpy or torch (CPU); float32, bfloat16 or float16. heads must be a multiple of kv_heads.
     tail : "sketch" or "drop"
         Weigh the keys outside the exact set from their codes, or leave them out as the paper does.
+    exact : bool
+        Read everything that is kept at full precision (implies ``tail="drop"``).
     scale : float, optional
         1 / sqrt(head_dim) by default.
     is_causal : bool
@@ -55,7 +58,13 @@ def softmax_attention(
     ValueError, TypeError
         For shapes, dtypes, ranges, two rules at once, or numbers that are not finite.
     """
-    policy = SoftmaxPolicy(epsilon=epsilon, top_r=top_r, threshold=threshold, tail=tail)  # type: ignore[arg-type]
+    policy = SoftmaxPolicy(
+        epsilon=epsilon,
+        top_r=top_r,
+        threshold=threshold,  # type: ignore[arg-type]
+        tail=tail,
+        exact=exact,
+    )
     out, certificate = attend_once(
         policy, q, k, v, scale, is_causal, mask, certify=return_certificate
     )
