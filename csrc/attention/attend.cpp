@@ -122,7 +122,7 @@ private:
     bool collects() const { return settings_.rule == Rule::top_r && !settings_.sketch_tail; }
     bool reads_value_codes() const { return !relu() && settings_.sketch_tail; }
     // The omitted share has a bound to keep.
-    bool bounds_mass() const { return settings_.rule == Rule::epsilon || (settings_.sketch_tail && !relu()); }
+    bool bounds_mass() const { return settings_.rule == Rule::epsilon || reads_value_codes(); }
     bool certify() const { return !relu() && (settings_.certify || bounds_mass()); }
 
     const uint8_t* mask_row(const Tile& tile, int q) const {
@@ -284,22 +284,24 @@ private:
         float* estimates = tile.uppers + first * kBlock;  // upper bounds at the end of this function
         double* tops = space_->chunk_top.data() + (tile.partial_at + chunk) * kTile;
         double* masses = space_->chunk_mass.data() + (tile.partial_at + chunk) * kTile;
-        float unused[kTile] = {-kInf, -kInf, -kInf, -kInf};
+        float maxima[kTile] = {-kInf, -kInf, -kInf, -kInf};
         if (tile.scan == Scan::full) {
             scan_full(tile, first * kBlock, count * kBlock, tops, masses);
             return;
         }
         if (tile.scan == Scan::four && !hides(tile, first * kBlock, count * kBlock)) {
             kernels().scan_mass(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates,
-                                tile.stride, unused, masses);
-            std::copy(unused, unused + tile.count, tops);
+                                tile.stride, maxima, masses);
+            std::copy(maxima, maxima + tile.count, tops);
             return;
         }
-        kernels().scan(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride,
-                       unused);
+        // Maxima of these would count hidden keys: they are taken again below.
         if (tile.scan == Scan::eight)
             kernels().refine(sketch.high(first), sketch.low(first), cache_.key_dim(), count, tile.coded, tile.count,
-                             estimates, tile.stride, unused);
+                             estimates, tile.stride, maxima);
+        else
+            kernels().scan(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride,
+                           maxima);
         for (int q = 0; q < tile.count; ++q) {
             float* own = estimates + size_t(q) * tile.stride;
             hide(tile, q, first * kBlock, count * kBlock, own);

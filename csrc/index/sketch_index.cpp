@@ -67,7 +67,6 @@ void SketchIndex::scan_range(const float* queries, const double* norms, const do
                 if (!doubt) continue;
                 alignas(64) float refined[kBlock];
                 float unused = -kInf;
-                std::memcpy(refined, estimate + i * kBlock, sizeof refined);
                 kernels().refine(sketch_.high(b + i), sketch_.low(b + i), dim_, 1, &coded[q], 1, refined, 0, &unused);
                 uint16_t steps[kBlock], residuals[kBlock];
                 std::memcpy(steps, sketch_.high(b + i) + code_bytes(dim_), sizeof steps);

@@ -114,7 +114,7 @@ struct Kernels {
                          size_t count, float threshold);
     // sum of exp(x - reference)
     double (*sum_exp)(const float* x, size_t count, float reference);
-    // Replaces the estimates of `blocks` blocks by those of both planes; maxima as in `scan`.
+    // Estimates of `blocks` blocks from both planes; maxima as in `scan`.
     void (*refine)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
                    int count, float* estimates, size_t estimate_stride, float* maxima);
     // Two-stage selection over blocks, from upper bounds of the logits. `value_parameters` is null when everything kept

