@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "attention/attend.h"
+#include "attention/prefill.h"
 #include "bindings/arrays.h"
 
 namespace nb = nanobind;
@@ -74,7 +75,8 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
             for (int64_t i = 0; i < call.queries.tokens; ++i)
                 newest.push_back(int64_t(self.size()) - call.queries.tokens + i + 1);
         call.visible = visible ? visible->data() : newest.data();
-        work = attend(self, settings, call, result);
+        work = prefill_serves(self, settings, call) ? prefill(self, settings, call, result)
+                                                    : attend(self, settings, call, result);
     }
     auto answer = own(std::move(out), {batch, heads, m, dim});
     if (!with_certificate) return nb::make_tuple(answer);
@@ -86,6 +88,8 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
     counters["scanned_four"] = work.scanned_four;
     counters["scanned_eight"] = work.scanned_eight;
     counters["scanned_full"] = work.scanned_full;
+    counters["skipped"] = work.skipped;
+    counters["panels"] = work.panels;
     counters["selected_again"] = work.selected_again;
     return nb::make_tuple(answer, own(std::move(bound), {batch, heads, m}), own(std::move(estimate), {batch, heads, m}),
                           own(std::move(omitted), {batch, heads, m}), own(std::move(density), {batch, heads, m}),

@@ -88,6 +88,25 @@ struct SelectionSums {
     float *offsets, *steps, *squares;
 };
 
+// A panel of keys for many queries: joined 8-bit codes [word of 64 keys][4 dimensions][block][64 bytes], their steps,
+// and the largest residual8 and step among them.
+constexpr size_t kPanelBlocks = 32;
+constexpr int kCurve = 16;  // points of the curve of a sample's mass, a factor of two apart
+struct CodedPanel {
+    uint8_t* codes;  // [kPanelBlocks * 16 * padded8(dim)]
+    float* steps;    // [kPanelBlocks * 16]
+    float residual, step;
+};
+
+// A query of a prompt: rotated, at unit length, in one signed 8-bit digit a coordinate.
+struct PanelQuery {
+    int8_t digits[kMaxHeadDim];  // [padded16(dim)]
+    float step, rest;            // q / |q| ~ step * digits, off by at most `rest`
+    int32_t digit_sum, start;    // start: -127.5 digit_sum, rounded
+    // Set by the caller: logit = unit * (key's step) * (start + dot) + centre, in units of log 2.
+    float unit, centre;
+};
+
 struct Kernels {
     const char* name;
 
@@ -140,6 +159,25 @@ struct Kernels {
     void (*flat_block64)(Dtype dtype, const void* block, int dim, const float* query, double* scores);
     // how many x[i] are not below the threshold
     size_t (*count_from)(const float* x, size_t count, float threshold);
+
+    // ---- prompts (panel_loops.h); logits in units of log 2
+    void (*unpack_panel)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, size_t first,
+                         CodedPanel* panel);
+    void (*code_query)(const float* rotated, int dim, PanelQuery* query);
+    void (*score_panel)(const CodedPanel* panel, int dim, size_t words, const PanelQuery* queries, int count,
+                        float* logits, size_t stride);
+    size_t (*select_row)(const float* logits, size_t count, float threshold, float reference, uint32_t first,
+                         uint32_t* positions, float* kept, float* omitted, uint32_t* words_skipped);
+    double (*weigh)(const float* logits, size_t count, float reference, float* weights);
+    float (*largest_of)(const float* x, size_t count);
+    float (*mass_curve)(const float* logits, size_t count, float* curve);
+    size_t (*places_from)(const float* x, size_t count, float from, const uint32_t* positions, uint32_t* places,
+                          uint32_t* chosen);
+    void (*accumulate_rows)(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, const float* weights,
+                            size_t count, int dim, float* accumulator);
+    void (*dot_rows)(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, size_t count,
+                     const float* query, int dim, float scale, float* out);
+    void (*hide_masked)(const uint8_t* mask, size_t count, float* logits);
 };
 
 // The level in use: the best the machine has, or what HSR_ISA or use_isa asked for.

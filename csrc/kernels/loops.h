@@ -634,6 +634,8 @@ size_t count_from(const float* x, size_t count, float threshold) {
     return found;
 }
 
+#include "kernels/panel_loops.h"
+
 }  // namespace
 
 namespace HSR_LEVEL {
@@ -646,7 +648,7 @@ const Kernels& table() {
     static const Kernels all = {HSR_TEXT(HSR_LEVEL), to_float,  rotate,     code_keys, code_value, scan,
                                 scan_mass,           exp_into,  mass_below, sum_exp,   refine,     select,
                                 accumulate_codes,    bounds,    dot,        dot64,     axpy,       flat_masks,
-                                flat_block64,        count_from};
+                                flat_block64,        count_from,         unpack_panel, code_query, score_panel, select_row, weigh, largest_of, mass_curve, places_from, accumulate_rows, dot_rows, hide_masked};
     return all;
 }
 

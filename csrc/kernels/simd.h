@@ -7,6 +7,7 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
 typedef double f64x8 __attribute__((vector_size(64)));
@@ -39,11 +40,14 @@ inline float sum_of(f32x16 x) {
     return (s[0] + s[1]) + (s[2] + s[3]);
 }
 inline float max_of_lanes(f32x16 x) {
-    float lanes[16];
-    store(lanes, x);
-    float best = lanes[0];
-    for (int i = 1; i < 16; ++i) best = lanes[i] > best ? lanes[i] : best;
-    return best;
+    f32x8 eights[2];
+    __builtin_memcpy(eights, &x, 64);
+    const f32x8 eight = eights[0] > eights[1] ? eights[0] : eights[1];
+    float lanes[8];
+    store(lanes, eight);
+    for (int half = 4; half; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    return lanes[0];
 }
 
 inline f32x16 from_bfloat16(u16x16 bits) { return (f32x16)(__builtin_convertvector(bits, u32x16) << 16); }
@@ -93,8 +97,25 @@ inline u8x64 join_high_nibbles(u8x64 high, u8x64 low) {
     const __m512i mask = _mm512_set1_epi8(0x0f);
     return (u8x64)_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16((__m512i)low, 4), (__m512i)high, 0xca);
 }
+// out[i] = the sum of the lanes of x[i]: each round halves the number of vectors.
+inline void sums_of_4(const f32x16* x, float* out) {
+    __m512 pairs[2];
+    for (int i = 0; i < 2; ++i) {  // within 128 bits: lanes of x[2i] and x[2i + 1] in turn
+        const __m512 u = (__m512)x[2 * i], v = (__m512)x[2 * i + 1];
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(u, v), _mm512_unpackhi_ps(u, v));
+    }
+    const __m512d u = _mm512_castps_pd(pairs[0]), v = _mm512_castps_pd(pairs[1]);
+    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 
 #else
+
+inline void sums_of_4(const f32x16* x, float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = sum_of(x[i]);
+}
 
 inline uint32_t bits_of(i32x16 truth) {
 #if defined(__AVX2__)

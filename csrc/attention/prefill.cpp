@@ -1,0 +1,683 @@
+#include "attention/prefill.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "threads.h"
+
+namespace hsr {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
+constexpr double kLog2e = 1.4426950408889634;
+constexpr size_t kPanelKeys = kPanelBlocks * kBlock;
+constexpr int kRowsAtOnce = 6;  // their logits over a panel stay in the first cache
+constexpr size_t kTileRows = 192;
+constexpr size_t kFewestRows = 24;  // below, the kernels of decoding do as well
+// Band of an 8-bit logit, in nats, above which weights from codes would leave the range of float32.
+constexpr double kSafeBand = 20.0;
+// Float32 sums of masses, and the rounding of the line itself.
+constexpr double kSumExcess = 1.0001;
+// The part of epsilon that guessed thresholds aim at, and that they never exceed.
+constexpr double kAim = 0.85, kSpend = 0.99;
+constexpr size_t kSampleBlocks = 16;
+
+// log2 within 0.01, for guesses that a bound then checks.
+double quick_log2(double x) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, 8);
+    const double exponent = double(int64_t(bits >> 52) - 1023);
+    bits = (bits & 0xfffffffffffffull) | 0x3ff0000000000000ull;
+    double m;
+    std::memcpy(&m, &bits, 8);
+    return exponent + (2.0 - m / 3.0) * m - 5.0 / 3.0;
+}
+
+// exp(x) - 1 from above: exp(x) <= (2 + x) / (2 - x) for 0 <= x < 2.
+double expm1_above(double x) { return x < 1 ? x / (1 - 0.5 * x) * (1 + 1e-12) : std::expm1(x) * (1 + 1e-12); }
+
+// One query of one head on its way through the panels. Masses are relative to 2^reference.
+struct Row {
+    int head;
+    int64_t query, visible, seen;
+    size_t place;       // index into the results
+    size_t blocks;      // coded blocks it sees, but for its own
+    const uint8_t* mask;
+    double norm, length;  // length: scale * |q|, in units of the logits
+    double float_slack;   // of a logit from full-precision rows
+    double threshold;     // of the rule, in units of the logits
+    double fixed_band;    // band from the rounding of the query
+    double reference, mass, omitted;  // of the keys that are kept, and a bound of the others
+    double doubtful, spread2;         // by how much weights from estimates may be off, and a sum for the estimate
+    float curve[kCurve];  // mass of sampled keys below 2^(curve_top - j)
+    float curve_top;      // -inf: nothing is known, and everything is kept
+    double top;           // ReLU: the largest excess so far
+    double best;          // ReLU: the largest excess of any candidate, also below zero
+    int64_t kept, exact, sketched, candidates;
+
+    // exp(-band) >= 2 - exp(band); and less the rounding of weights and sums
+    double surely() const { return std::max(mass - doubtful, 0.0) * (1 - 1e-4); }
+};
+
+struct Workspace {
+    std::vector<uint8_t> codes;
+    std::vector<float> steps, logits, vectors, accumulators, kept, weights, dots;
+    std::vector<uint32_t> positions, exact_positions, exact_places;
+    std::vector<PanelQuery> queries;
+    std::vector<Row> rows;
+    CodedPanel panel{};
+
+    void reserve(int dim, int value_dim) {
+        codes.resize(kPanelKeys * size_t(padded8(dim)) + 64);
+        // A load of 64 bytes should not straddle two lines of the cache.
+        panel.codes = codes.data() + (64 - reinterpret_cast<uintptr_t>(codes.data()) % 64) % 64;
+        steps.resize(kPanelKeys);
+        panel.steps = steps.data();
+        logits.resize(kRowsAtOnce * kPanelKeys);
+        vectors.resize(kTileRows * size_t(padded16(dim)));
+        accumulators.resize(kTileRows * size_t(padded16(value_dim)));
+        for (auto* list : {&kept, &weights, &dots}) list->resize(kPanelKeys + 64);
+        for (auto* list : {&positions, &exact_positions, &exact_places}) list->resize(kPanelKeys + 64);
+        queries.resize(kTileRows);
+        rows.resize(kTileRows);
+    }
+};
+
+class Prefill {
+public:
+    Prefill(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries,
+            const AttendResult& result)
+        : cache_(cache),
+          settings_(settings),
+          queries_(queries),
+          result_(result),
+          m_(queries.queries.tokens),
+          heads_(int(queries.queries.heads)),
+          group_(heads_ / cache.kv_heads()),
+          dim_(cache.key_dim()),
+          value_dim_(cache.value_dim()),
+          units_(settings.rule == Rule::relu ? 1.0 : kLog2e),
+          budget_(settings.epsilon / (1.0 - settings.epsilon)) {}
+
+    AttendWork run() {
+        const size_t per_head = size_t(m_) * size_t(group_), heads = size_t(cache_.batch() * cache_.kv_heads());
+        // Enough tiles for all threads, of at most kTileRows rows, whole positions if possible.
+        const size_t wanted = std::max<size_t>(1, per_head * heads / size_t(num_threads()) / 4);
+        tile_rows_ = std::clamp<size_t>(wanted, kFewestRows, kTileRows);
+        if (tile_rows_ > size_t(group_)) tile_rows_ -= tile_rows_ % size_t(group_);
+        const size_t tiles = (per_head + tile_rows_ - 1) / tile_rows_;
+        parallel_for(heads * tiles, [&](size_t task) { run_tile(int(task / tiles), task % tiles); });
+        AttendWork work;
+        work.sketch_scored = scored_;
+        work.refined = scored_;
+        work.full_scored = full_;
+        work.sketched = sketched_;
+        work.skipped = skipped_;
+        work.panels = panels_;
+        work.selected_again = again_;
+        return work;
+    }
+
+private:
+    bool relu() const { return settings_.rule == Rule::relu; }
+    // Selection by full-precision logits against a given threshold.
+    bool exact_rule() const { return relu() || (settings_.rule == Rule::threshold && !settings_.sketch_tail); }
+
+    void run_tile(int head, size_t tile) {
+        static thread_local Workspace space;
+        space.reserve(dim_, value_dim_);
+        const size_t per_head = size_t(m_) * size_t(group_), from = tile * tile_rows_;
+        const size_t count = std::min(tile_rows_, per_head - from);
+        size_t blocks = 0;
+        for (size_t i = 0; i < count; ++i) {
+            start_row(space, i, head, from + i);
+            blocks = std::max(blocks, space.rows[i].blocks);
+        }
+        size_t fewest = blocks;
+        for (size_t i = 0; i < count; ++i) fewest = std::min(fewest, space.rows[i].blocks);
+        if (!exact_rule() && fewest >= kPanelBlocks) sample(space, head, count, fewest);
+        const size_t panels = (blocks + kPanelBlocks - 1) / kPanelBlocks;
+        // The newest keys and the first ones hold most of the mass: with them, the thresholds of the rest are known.
+        for (size_t p = 0; p < panels; ++p) {
+            const size_t panel = p == 0 ? panels - 1 : p == 1 ? 0 : panels - p;
+            run_panel(space, head, count, panel, double(panels - p) / double(panels));
+        }
+        for (size_t i = 0; i < count; ++i) finish_row(space, i, head);
+    }
+
+    float* accumulator(Workspace& space, size_t i) const {
+        return space.accumulators.data() + i * size_t(padded16(value_dim_));
+    }
+    float* vector(Workspace& space, size_t i) const { return space.vectors.data() + i * size_t(padded16(dim_)); }
+
+    // ---- a query made ready, and its own block at full precision
+
+    void start_row(Workspace& space, size_t i, int head, size_t at) {
+        Row& row = space.rows[i];
+        row = Row();
+        const int b = head / cache_.kv_heads();
+        row.query = int64_t(at / size_t(group_));
+        row.head = head % cache_.kv_heads() * group_ + int(at % size_t(group_));
+        row.place = (size_t(b) * size_t(heads_) + size_t(row.head)) * size_t(m_) + size_t(row.query);
+        row.visible = std::clamp<int64_t>(queries_.visible[row.query], 0, int64_t(cache_.size()));
+        row.mask = queries_.mask ? queries_.mask + b * queries_.mask_batch_stride +
+                                       row.query * queries_.mask_query_stride
+                                 : nullptr;
+        row.seen = row.visible;
+        if (row.mask) row.seen -= std::count(row.mask, row.mask + row.visible, uint8_t(0));
+        row.reference = row.best = -double(kInf);
+        row.curve_top = -kInf;
+        std::fill_n(accumulator(space, i), padded16(value_dim_), 0.0f);
+        float* q = vector(space, i);
+        std::fill_n(q, padded16(dim_), 0.0f);
+        queries_.queries.read(b, row.head, row.query, q);
+        row.norm = std::sqrt(kernels().dot64(Dtype::float32, q, q, dim_));
+        row.length = settings_.scale * row.norm * units_;
+        row.threshold = queries_.thresholds ? queries_.thresholds[row.place] * units_ : 0.0;
+        // A float32 logit: dim / 32 + 8 roundings along its chain, of terms no larger than |q| |k|.
+        row.float_slack = row.length * cache_.largest_key_norm(head) * kUnit * (dim_ / 32.0 + 9.0);
+        if (row.seen == 0) return;
+        code(space, i, head);
+        row.blocks = size_t(row.visible - 1) / kBlock;
+        own_block(space, i, head);
+    }
+
+    void code(Workspace& space, size_t i, int head) {
+        Row& row = space.rows[i];
+        PanelQuery& query = space.queries[i];
+        const KeySketch& sketch = cache_.key_sketch(head);
+        alignas(64) float unit[kMaxHeadDim], rotated[kMaxHeadDim];
+        const float* q = vector(space, i);
+        const float to_unit = row.norm > 0 ? float(1.0 / row.norm) : 0.0f;
+        float centre[4] = {};
+        for (int j = 0; j < dim_; ++j) unit[j] = q[j] * to_unit;
+        int j = 0;
+        for (; j + 4 <= dim_; j += 4)
+            for (int k = 0; k < 4; ++k) centre[k] += unit[j + k] * sketch.centre()[size_t(j + k)];
+        for (; j < dim_; ++j) centre[0] += unit[j] * sketch.centre()[size_t(j)];
+        const Rotation& r = rotation(dim_);
+        kernels().rotate(r.matrix.data(), dim_, unit, 1, rotated);
+        kernels().code_query(rotated, dim_, &query);
+        query.start = -int32_t((255 * int64_t(query.digit_sum)) >> 1);
+        query.unit = float(row.length * query.step);
+        query.centre = float(row.length * double((centre[0] + centre[1]) + (centre[2] + centre[3])));
+        // <q,k> - <q~,k~> = <q~, k - k~> + <q - q~, k> with |q~| <= (1 + rho) |q|, |q - q~| <= rho |q|.
+        const double root = std::sqrt(double(dim_)), rho = double(query.rest) + r.relative_slack + 3e-7;
+        const double longest = sketch.largest_norm();
+        row.fixed_band =
+            row.length *
+            ((rho * longest) +
+             // float32 rounding: 32 terms no larger than the lengths of decoded query and key, or the centre's logit
+             kUnit * (32.0 * root * longest + (8.0 + dim_) * sketch.centre_norm())) *
+            (1 + 1e-6);
+    }
+
+    // Band of all estimates of a row in the panel, in the units of the logits.
+    double band(const Row& row, const PanelQuery& query, const CodedPanel& panel) const {
+        const double rho = double(query.rest) + 1e-5;
+        // The start of the sum was rounded by at most half a unit.
+        return row.length * (1 + rho) * double(panel.residual) * (1 + 1e-6) +
+               0.5 * double(query.unit) * double(panel.step) * (1 + 1e-6) + row.fixed_band;
+    }
+
+    // The newest keys, and the uncoded ones: 1 to 16 of them.
+    void own_block(Workspace& space, size_t i, int head) {
+        Row& row = space.rows[i];
+        size_t count = 0;
+        for (size_t key = row.blocks * kBlock; key < size_t(row.visible); ++key)
+            if (!row.mask || row.mask[key]) space.positions[count++] = uint32_t(key);
+        if (!count) return;
+        add_exact(space, i, head, count);
+    }
+
+    // Masses become relative to 2^reference.
+    void raise_reference(Workspace& space, size_t i, double reference) {
+        Row& row = space.rows[i];
+        rescale(space, i, row.reference == -double(kInf) ? 0.0 : std::exp2(row.reference - reference));
+        row.reference = reference;
+    }
+    void rescale(Workspace& space, size_t i, double factor) {
+        Row& row = space.rows[i];
+        for (double* sum : {&row.mass, &row.omitted, &row.doubtful}) *sum *= factor;
+        row.spread2 *= factor * factor;
+        for (float& mass : row.curve) mass *= float(factor);
+        float* sum = accumulator(space, i);
+        for (int j = 0; j < padded16(value_dim_); ++j) sum[j] *= float(factor);
+    }
+
+    // out[k] = full-precision logit of keys[k]; `out` has room for a multiple of 4.
+    void exact_logits(Workspace& space, size_t i, int head, const uint32_t* keys, size_t count, float* out) {
+        const RowStore& rows = cache_.keys();
+        kernels().dot_rows(rows.dtype(), rows.row(0, head), rows.token_bytes(), keys, count, vector(space, i), dim_,
+                           float(settings_.scale * units_), out);
+        space.rows[i].exact += int64_t(count);
+    }
+
+    // The keys in space.positions at full precision: logits, the weights of those that the rule keeps, their values.
+    void add_exact(Workspace& space, size_t i, int head, size_t count) {
+        Row& row = space.rows[i];
+        exact_logits(space, i, head, space.positions.data(), count, space.kept.data());
+        if (exact_rule()) count = keep_exact(space, row, count);
+        if (!count) return;
+        if (relu()) {
+            double top = row.top;
+            for (size_t k = 0; k < count; ++k) top = std::max(top, double(space.kept[k]) - row.threshold);
+            // Weights are relative to the largest so far, so that no power of them leaves float32.
+            if (top > row.top) {
+                rescale(space, i, row.top > 0 ? power_of(row.top / top) : 0.0);
+                row.top = top;
+            }
+            const float over = float(1.0 / top);
+            for (size_t k = 0; k < count; ++k) {
+                const float excess = std::max(float((double(space.kept[k]) - row.threshold)) * over, 0.0f);
+                float weight = excess;
+                for (int p = 1; p < settings_.power; ++p) weight *= excess;
+                space.weights[k] = weight;
+                row.mass += double(weight);
+            }
+        } else {
+            lift_reference(space, i, count);
+            row.mass += kernels().weigh(space.kept.data(), count, float(row.reference), space.weights.data());
+        }
+        row.kept += int64_t(count);
+        accumulate(space, i, head, count);
+    }
+
+    double power_of(double x) const {
+        double product = x;
+        for (int p = 1; p < settings_.power; ++p) product *= x;
+        return product;
+    }
+
+    // Candidates whose full-precision logit reaches the threshold; the mass of the others is omitted.
+    size_t keep_exact(Workspace& space, Row& row, size_t count) {
+        row.candidates += int64_t(count);
+        size_t kept = 0;
+        for (size_t k = 0; k < count; ++k) {
+            const double logit = space.kept[k];
+            const bool keep = relu() ? logit > row.threshold : logit >= row.threshold;
+            row.best = std::max(row.best, logit - row.threshold);
+            if (!keep && !relu() && row.reference > -double(kInf)) row.omitted += std::exp2(logit - row.reference);
+            if (!keep && !relu() && row.reference == -double(kInf)) {
+                row.reference = logit;
+                row.omitted = 1.0;
+            }
+            space.kept[kept] = space.kept[k];
+            space.positions[kept] = space.positions[k];
+            kept += keep;
+        }
+        return kept;
+    }
+
+    // Weights stay below 2^24 times the reference.
+    void lift_reference(Workspace& space, size_t i, size_t count) {
+        const float top = kernels().largest_of(space.kept.data(), count);
+        if (double(top) > space.rows[i].reference + 24.0) raise_reference(space, i, top);
+    }
+
+    void accumulate(Workspace& space, size_t i, int head, size_t count) {
+        const RowStore& rows = cache_.values();
+        kernels().accumulate_rows(rows.dtype(), rows.row(0, head), rows.token_bytes(), space.positions.data(),
+                                  space.weights.data(), count, value_dim_, accumulator(space, i));
+    }
+
+    // ---- a panel of keys for all rows of a tile
+
+    void run_panel(Workspace& space, int head, size_t count, size_t panel, double remaining) {
+        const KeySketch& sketch = cache_.key_sketch(head);
+        const size_t first = panel * kPanelBlocks;
+        size_t blocks = 0;
+        for (size_t i = 0; i < count; ++i)
+            if (space.rows[i].blocks > first)
+                blocks = std::max(blocks, std::min(space.rows[i].blocks - first, kPanelBlocks));
+        kernels().unpack_panel(sketch.high(first), sketch.low(first), dim_, blocks, 0, &space.panel);
+        fetch_rows(first * kBlock, blocks * kBlock, head);
+        int64_t scored = 0, skipped = 0;
+        for (size_t at = 0; at < count; at += kRowsAtOnce) {
+            const size_t here = std::min<size_t>(kRowsAtOnce, count - at);
+            size_t most = 0;
+            for (size_t i = at; i < at + here; ++i)
+                if (space.rows[i].blocks > first)
+                    most = std::max(most, std::min(space.rows[i].blocks - first, kPanelBlocks));
+            if (!most) continue;
+            const size_t words = (most + 3) / 4;
+            kernels().score_panel(&space.panel, dim_, words, &space.queries[at], int(here), space.logits.data(),
+                                  kPanelKeys);
+            for (size_t i = at; i < at + here; ++i) {
+                if (space.rows[i].blocks <= first) continue;
+                const size_t own = std::min(space.rows[i].blocks - first, kPanelBlocks) * kBlock;
+                float* logits = space.logits.data() + (i - at) * kPanelKeys;
+                if (own % 64) std::fill(logits + own, logits + (own + 63) / 64 * 64, -kInf);
+                if (space.rows[i].mask) kernels().hide_masked(space.rows[i].mask + first * kBlock, own, logits);
+                scored += int64_t(own);
+                skipped += select(space, i, head, first * kBlock, own, logits, remaining);
+            }
+        }
+        scored_ += scored;
+        skipped_ += skipped;
+        ++panels_;
+    }
+
+    // How the mass of a row's keys is spread, from sixteen blocks all over those that the tile sees.
+    void sample(Workspace& space, int head, size_t count, size_t blocks) {
+        const KeySketch& sketch = cache_.key_sketch(head);
+        // Never the first block: its keys are like no others.
+        const auto place = [&](size_t at) { return (2 * at + 1) * blocks / (2 * kSampleBlocks); };
+        for (size_t at = 0; at < kSampleBlocks; ++at)
+            kernels().unpack_panel(sketch.high(place(at)), sketch.low(place(at)), dim_, 1, at, &space.panel);
+        for (size_t first = 0; first < count; first += kRowsAtOnce) {
+            const size_t here = std::min<size_t>(kRowsAtOnce, count - first);
+            kernels().score_panel(&space.panel, dim_, kSampleBlocks / 4, &space.queries[first], int(here),
+                                  space.logits.data(), kPanelKeys);
+            for (size_t i = first; i < first + here; ++i) {
+                Row& row = space.rows[i];
+                float* logits = space.logits.data() + (i - first) * kPanelKeys;
+                if (row.mask)
+                    for (size_t at = 0; at < kSampleBlocks; ++at)
+                        kernels().hide_masked(row.mask + place(at) * kBlock, kBlock, logits + at * kBlock);
+                row.curve_top = kernels().mass_curve(logits, kSampleBlocks * kBlock, row.curve);
+                if (row.curve_top == -kInf) continue;
+                if (row.reference == -double(kInf)) raise_reference(space, i, row.curve_top);
+                const double shift = row.curve_top - row.reference;  // masses count from the reference
+                for (float& mass : row.curve) mass *= float(std::exp2(std::clamp(shift, -100.0, 100.0)));
+            }
+        }
+    }
+
+    // A threshold that is likely to use up the allowed omitted mass evenly over the keys that remain.
+    double guess(const Row& row, double remaining, double off) const {
+        if (row.curve_top == -kInf) return -double(kInf);
+        // A sampled key stands for this many of the remaining ones.
+        const double each = remaining * double(row.blocks) / double(kSampleBlocks);
+        // Of mass not seen yet, count what no single key holds, and only while little has been seen.
+        const double mass = row.mass + (remaining > 0.99 ? each * double(row.curve[1]) : 0.0);
+        const double allowed = (kAim * budget_ * mass - row.omitted) / (each * (1 + off));
+        if (!(allowed > 0)) return double(row.curve_top) - kCurve;
+        int j = 0;
+        while (j < kCurve && double(row.curve[j]) > allowed) ++j;
+        if (j == 0) return double(row.curve_top);
+        if (j == kCurve) return double(row.curve_top) - kCurve + 1;
+        // Between two points the mass below a threshold falls like a power of two.
+        const double above = row.curve[j - 1], below = std::max(double(row.curve[j]), above * 1e-3);
+        const double part = std::clamp(quick_log2(allowed / below) / std::max(quick_log2(above / below), 0.01), 0.0, 1.0);
+        return double(row.curve_top) - j + part;
+    }
+
+    // Rows of a panel will be read here and there: ask for all of them in order.
+    void fetch_rows(size_t first, size_t count, int head) const {
+        for (const RowStore* rows : {&cache_.keys(), &cache_.values()})
+            for (size_t key = first; key < first + count; ++key) {
+                const uint8_t* row = rows->row(key, head);
+                for (size_t byte = 0; byte < rows->row_bytes(); byte += 64) __builtin_prefetch(row + byte, 0, 2);
+            }
+    }
+
+    // Returns how many keys stand in words of 64 from which nothing was kept.
+    int64_t select(Workspace& space, size_t i, int head, size_t first, size_t count, const float* logits,
+                   double remaining) {
+        Row& row = space.rows[i];
+        const double wide = band(row, space.queries[i], space.panel);
+        if (exact_rule()) return select_by_threshold(space, i, head, first, count, logits, wide);
+        const double off = expm1_above(wide / kLog2e), factor = (1 + off) * kSumExcess;
+        if (row.reference == -double(kInf)) {  // its own block is hidden
+            const float top = kernels().largest_of(logits, count);
+            if (top == -kInf) return int64_t(count);
+            raise_reference(space, i, top);
+        }
+        double threshold = guess(row, remaining, off);
+        // Masses relative to the reference must not overflow; far above it nothing is left out.
+        threshold = std::min(threshold, row.reference + 60.0);
+        size_t found;
+        float omitted;
+        uint32_t skipped;
+        for (int tries = 0;; ++tries) {
+            if (settings_.rule == Rule::threshold) threshold = std::min(threshold, row.threshold);
+            found = kernels().select_row(logits, count, float(threshold), float(row.reference), uint32_t(first),
+                                         space.positions.data(), space.kept.data(), &omitted, &skipped);
+            const double left = row.omitted + double(omitted) * factor;
+            if (left <= budget_ * kSpend * row.surely()) break;
+            // The keys kept here add to the mass that the omitted share is taken of.
+            double mass = row.surely();
+            if (found) {
+                const float top = kernels().largest_of(space.kept.data(), found);
+                if (double(top) > row.reference + 24.0) break;  // by far the largest mass so far
+                mass += kernels().weigh(space.kept.data(), found, float(row.reference), space.weights.data()) /
+                        (1 + off) * 0.9999;
+            }
+            if (left <= budget_ * kSpend * mass || threshold == -double(kInf)) break;
+            ++again_;
+            const double room = budget_ * kSpend * mass - row.omitted;
+            threshold = tries < 3 && room > 0 ? threshold - 1.0 - quick_log2(double(omitted) * factor / room)
+                                              : -double(kInf);
+        }
+        row.omitted += double(omitted) * factor;
+        if (found) add(space, i, head, found, off);
+        return int64_t(skipped) * 64;
+    }
+
+    // The keys in space.positions, with estimates in space.kept: large shares of the mass get their weight from
+    // full-precision rows, the others from the estimate, off by at most the share `off`. All values are read in full.
+    void add(Workspace& space, size_t i, int head, size_t found, double off) {
+        if (!settings_.sketch_tail) return add_exact(space, i, head, found);
+        Row& row = space.rows[i];
+        const double from = settings_.rule == Rule::threshold
+                                ? row.threshold
+                                : row.reference + quick_log2(settings_.exact_share * std::max(row.mass, 1e-300));
+        const size_t exact = kernels().places_from(space.kept.data(), found, float(from), space.positions.data(),
+                                                   space.exact_places.data(), space.exact_positions.data());
+        if (exact) {
+            exact_logits(space, i, head, space.exact_positions.data(), exact, space.dots.data());
+            for (size_t k = 0; k < exact; ++k) space.kept[space.exact_places[k]] = space.dots[k];
+        }
+        lift_reference(space, i, found);
+        const double all = kernels().weigh(space.kept.data(), found, float(row.reference), space.weights.data());
+        double exact_mass = 0;
+        for (size_t k = 0; k < exact; ++k) exact_mass += double(space.weights[space.exact_places[k]]);
+        row.mass += all;
+        if (found > exact) {
+            const double doubtful = (std::max(all - exact_mass, 0.0) + all * 1e-6) * off;
+            row.doubtful += doubtful;
+            row.spread2 += doubtful * doubtful / double(found - exact);
+        }
+        row.kept += int64_t(found);
+        row.sketched += int64_t(found - exact);
+        accumulate(space, i, head, found);
+    }
+
+    int64_t select_by_threshold(Workspace& space, size_t i, int head, size_t first, size_t count, const float* logits,
+                                double wide) {
+        Row& row = space.rows[i];
+        const double from = row.threshold - (wide + row.float_slack) * (1 + 1e-6);
+        const float threshold = std::nextafter(float(from), -kInf);
+        if (!relu()) {  // what is omitted lies below the threshold: its mass must not overflow
+            const float top = std::min(kernels().largest_of(logits, count), threshold);
+            if (double(top) > row.reference + 24.0) raise_reference(space, i, top);
+        }
+        float omitted;
+        uint32_t skipped;
+        const size_t found = kernels().select_row(logits, count, threshold, relu() ? kInf : float(row.reference),
+                                                  uint32_t(first), space.positions.data(), space.kept.data(), &omitted,
+                                                  &skipped);
+        if (!relu()) row.omitted += double(omitted) * (1 + expm1_above(wide / kLog2e)) * kSumExcess;
+        if (found) add_exact(space, i, head, found);
+        return int64_t(skipped) * 64;
+    }
+
+    // ---- the answer of each query
+
+    void finish_row(Workspace& space, size_t i, int head) {
+        Row& row = space.rows[i];
+        if (relu() && row.best > -row.float_slack && row.best < 64.0 * row.float_slack) {
+            relu_in_float64(space, i, head);
+            return;
+        }
+        float* out = result_.out + row.place * size_t(value_dim_);
+        const float* sum = accumulator(space, i);
+        const double mass = row.mass;
+        full_ += row.exact;
+        sketched_ += row.sketched;
+        result_.density[row.place] = row.seen ? float(double(row.kept) / double(row.seen)) : 0.0f;
+        if (!(mass > 0)) {
+            std::fill_n(out, value_dim_, 0.0f);
+            result_.lse[row.place] = -kInf;
+            // Nothing seen, or an empty ReLU row: zero by definition. A softmax row that kept nothing of what it
+            // saw is as wrong as any answer can be.
+            const bool defined = relu() || row.seen == 0;
+            result_.error_bound[row.place] = result_.estimated_error[row.place] =
+                defined ? 0.0f : reach_of(head, out);
+            result_.omitted_mass[row.place] = defined ? 0.0f : 1.0f;
+            return;
+        }
+        const double over = 1.0 / mass;
+        for (int j = 0; j < value_dim_; ++j) out[j] = float(sum[j] * over);
+        result_.lse[row.place] = float(relu() ? std::log(mass) + settings_.power * std::log(row.top)
+                                              : std::log(mass) + row.reference / kLog2e);
+        if (!settings_.certify) {
+            result_.error_bound[row.place] = result_.estimated_error[row.place] = result_.omitted_mass[row.place] =
+                std::nanf("");
+            return;
+        }
+        certify(row, head, mass, out);
+    }
+
+    static float up(double x) { return std::nextafter(float(x), kInf); }
+
+    // The largest distance, over coordinates, from `out` to the range of the values.
+    float reach_of(int head, const float* out) const {
+        const ValueSketch& values = cache_.value_sketch(head);
+        double worst = 0;
+        for (int j = 0; j < value_dim_; ++j)
+            worst = std::max({worst, double(values.most()[size_t(j)]) - out[j],
+                              double(out[j]) - values.least()[size_t(j)]});
+        return up(worst);
+    }
+
+    // DESIGN.md, "The certificate", with values at full precision (A = 0). Coordinates enter by their reach alone, and
+    // the bound grows with it: the largest reach decides.
+    void certify(const Row& row, int head, double mass, const float* out) {
+        // Keys whose weight underflowed (below 2^-126 of the reference) count that much each.
+        const double omitted = relu() ? 0.0 : row.omitted * kSumExcess + double(row.seen) * 1.7e-38;
+        // Of a weight taken from a full-precision logit: its float32 rounding. ReLU: an excess is off by at most
+        // `slack`, and then a weight, relative to the power of the largest excess, by (1 + slack / excess)^power - 1.
+        const double slack = row.float_slack;
+        const double exact_error =
+            relu() ? double(row.candidates) * std::expm1(settings_.power * std::log1p(slack / row.top) + 1e-6)
+                   : mass * std::expm1(2 * slack / kLog2e + 2e-6);
+        const double wrong = (omitted + row.doubtful + exact_error) / mass;
+        const ValueSketch& values = cache_.value_sketch(head);
+        double reach = 0, spread = 0, largest = 0;
+        for (int j = 0; j < value_dim_; ++j) {
+            const double most = values.most()[size_t(j)], least = values.least()[size_t(j)];
+            reach = std::max({reach, most - out[j], double(out[j]) - least});
+            spread = std::max(spread, (most - least) / 8.0);
+            largest = std::max({largest, std::fabs(most), std::fabs(least)});
+        }
+        const double bound = wrong < 1 ? std::min(wrong * reach / (1 - wrong), reach) : reach;
+        // Float32 sums, panel by panel: chains of at most a panel's keys and one term a panel.
+        const double chain = double(std::min<int64_t>(row.kept, int64_t(kPanelKeys))) +
+                             double(row.blocks / kPanelBlocks) + 32.0;
+        result_.error_bound[row.place] = up(bound + kUnit * chain * largest);
+        result_.omitted_mass[row.place] =
+            omitted > 0 ? std::min(1.0f, up(omitted / (row.surely() + omitted))) : 0.0f;
+        result_.estimated_error[row.place] =
+            float(std::sqrt(row.spread2 / dim_ * 2.0 * std::log(2.0 * value_dim_)) * spread / mass +
+                  omitted / mass * spread + kUnit * 16 * largest);
+    }
+
+    // An excess of the size of its own rounding would be weighed wrongly: such rows, whose keys all just reach the
+    // threshold, are computed in float64.
+    void relu_in_float64(Workspace& space, size_t i, int head) {
+        Row& row = space.rows[i];
+        const RowStore& keys = cache_.keys();
+        const float* q = vector(space, i);
+        const auto excess = [&](size_t key) {
+            if (row.mask && !row.mask[key]) return 0.0;
+            const double logit = settings_.scale * kernels().dot64(keys.dtype(), keys.row(key, head), q, dim_);
+            return std::max(logit - row.threshold, 0.0);
+        };
+        full_ += row.visible;
+        double top = 0, mass = 0;
+        for (size_t key = 0; key < size_t(row.visible); ++key) top = std::max(top, excess(key));
+        std::vector<double> sum(static_cast<size_t>(value_dim_), 0.0);
+        std::vector<float> value(static_cast<size_t>(value_dim_));
+        int64_t kept = 0;
+        for (size_t key = 0; top > 0 && key < size_t(row.visible); ++key) {
+            const double x = excess(key);
+            if (!(x > 0)) continue;
+            const double weight = power_of(x / top);
+            kernels().to_float(cache_.dtype(), cache_.values().row(key, head), value.data(), value.size());
+            for (size_t j = 0; j < sum.size(); ++j) sum[j] += weight * value[j];
+            mass += weight;
+            ++kept;
+        }
+        float* out = result_.out + row.place * size_t(value_dim_);
+        double largest = 0;
+        for (size_t j = 0; j < sum.size(); ++j) {
+            out[j] = mass > 0 ? float(sum[j] / mass) : 0.0f;
+            largest = std::max(largest, std::fabs(double(out[j])));
+        }
+        result_.density[row.place] = float(double(kept) / double(row.seen));
+        result_.lse[row.place] = mass > 0 ? float(std::log(mass) + settings_.power * std::log(top)) : -kInf;
+        const double slack = settings_.scale * row.norm * cache_.largest_key_norm(head) * (dim_ / 16.0 + 8.0) * 1.2e-16;
+        const double wrong =
+            mass > 0 ? double(row.seen) * std::expm1(settings_.power * std::log1p(slack / top)) / mass : 0.0;
+        const double reach = mass > 0 ? double(reach_of(head, out)) : 0.0;
+        const double bound = wrong < 1 ? std::min(wrong * reach / (1 - wrong), reach) : reach;
+        result_.error_bound[row.place] = result_.estimated_error[row.place] = up(bound + 2 * kUnit * largest);
+        result_.omitted_mass[row.place] = 0.0f;
+        if (!settings_.certify)
+            result_.error_bound[row.place] = result_.estimated_error[row.place] = result_.omitted_mass[row.place] =
+                std::nanf("");
+    }
+
+    const LayerCache& cache_;
+    const AttendSettings& settings_;
+    const AttendQueries& queries_;
+    const AttendResult& result_;
+    const int64_t m_;
+    const int heads_, group_, dim_, value_dim_;
+    const double units_;   // logits are natural for ReLU, in units of log 2 for softmax
+    const double budget_;  // omitted mass allowed for each unit of kept mass
+    size_t tile_rows_ = kTileRows;
+    std::atomic<int64_t> scored_{0}, full_{0}, sketched_{0}, skipped_{0}, panels_{0}, again_{0};
+};
+
+}  // namespace
+
+bool prefill_serves(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries) {
+    if (settings.rule == Rule::top_r) return false;
+    if (!(settings.scale > 1e-6 && settings.scale < 1e6)) return false;
+    const TokenArray& q = queries.queries;
+    if (size_t(q.tokens) * size_t(q.heads / cache.kv_heads()) < kFewestRows) return false;
+    // The longest query of each key head against the widest codes of its keys.
+    std::atomic<bool> safe{true};
+    parallel_for(size_t(q.batch * q.heads), [&](size_t at) {
+        const int64_t b = int64_t(at) / q.heads, h = int64_t(at) % q.heads;
+        const int head = int(b) * cache.kv_heads() + int(h) / int(q.heads / cache.kv_heads());
+        const KeySketch& sketch = cache.key_sketch(head);
+        std::vector<float> row(static_cast<size_t>(q.dim));
+        double longest = 0;
+        for (int64_t t = 0; t < q.tokens; ++t) {
+            q.read(b, h, t, row.data());
+            longest = std::max(longest, kernels().dot64(Dtype::float32, row.data(), row.data(), int(q.dim)));
+        }
+        // 0.01: more than the rounding of a unit query to 8 bits, up to 512 coordinates
+        const double band = settings.scale * std::sqrt(longest) *
+                            (sketch.extent().residual8 * 1.02 + 0.02 * sketch.largest_norm());
+        const double logit = settings.scale * std::sqrt(longest) * (cache.largest_key_norm(head) + sketch.centre_norm());
+        if (!(band < kSafeBand) || !(logit < 1e5)) safe = false;
+    });
+    return safe;
+}
+
+AttendWork prefill(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries,
+                   const AttendResult& result) {
+    return Prefill(cache, settings, queries, result).run();
+}
+
+}  // namespace hsr

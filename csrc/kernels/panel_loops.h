@@ -1,0 +1,288 @@
+// Kernels of prompts: many queries against a panel of keys. Private to loops.h, in its anonymous namespace.
+// Logits are in units of log 2 here, so that exponentials are powers of two.
+
+// Scores of 64 keys (a word of 4 blocks) are kept in registers for a few queries at once.
+#if defined(__AVX512VNNI__)
+constexpr int kWordBlocks = 4, kMicroQueries = 6;
+#else
+constexpr int kWordBlocks = 1, kMicroQueries = 3;
+#endif
+
+// Both planes joined, [word of 4 blocks][4 dimensions][block][64 bytes], from block `first` of the panel on; a last
+// word is filled with zeros.
+void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, size_t first, CodedPanel* panel) {
+    const int pairs = (dim + 7) / 8;
+    const size_t bytes = size_t(pairs) * 64;
+    f32x16 residual = splat(first ? panel->residual : 0.0f), largest = splat(first ? panel->step : 0.0f);
+    blocks += first;
+    for (size_t block = first; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
+        uint8_t* to = panel->codes + block / 4 * 8 * bytes + block % 4 * 64;
+        for (int p = 0; p < pairs; ++p, to += 512) {
+            const u8x64 h = load<u8x64>(high + p * 64), l = load<u8x64>(low + p * 64);
+            store(to, join_low_nibbles(h, l));
+            store(to + 256, join_high_nibbles(h, l));
+        }
+        const f32x16 step = from_bfloat16(load<u16x16>(high + bytes));
+        store(panel->steps + block * 16, step);
+        largest = max_of(largest, step);
+        residual = max_of(residual, from_bfloat16(load<u16x16>(low + bytes)));
+    }
+    for (size_t block = blocks; block % 4; ++block) {
+        uint8_t* to = panel->codes + block / 4 * 8 * bytes + block % 4 * 64;
+        for (int p = 0; p < 2 * pairs; ++p, to += 256) store(to, u8x64{});
+        store(panel->steps + block * 16, f32x16{});
+    }
+    panel->residual = max_of_lanes(residual);
+    panel->step = max_of_lanes(largest);
+}
+
+// q ~ step * digits for one rotated query y; `rest` = |y - decoded|, from above.
+void code_query(const float* y, int dim, PanelQuery* query) {
+    const int wide = (dim + 15) / 16 * 16;
+    f32x16 top = {};
+    for (int at = 0; at < wide; at += 16) top = max_of(top, abs_of(load<f32x16>(y + at)));
+    const float most = max_of_lanes(top), step = most > 0 ? most / 127.0f : 1.0f, inverse = 1.0f / step;
+    i32x16 sum = {};
+    f32x16 rest = {};
+    for (int at = 0; at < wide; at += 16) {
+        const f32x16 x = load<f32x16>(y + at) * inverse, half = x < f32x16{} ? splat(-0.5f) : splat(0.5f);
+        i32x16 digit = __builtin_convertvector(x + half, i32x16);  // at most 127.5: truncated to 127
+        digit = digit > 127 ? splat(127) : digit < -127 ? splat(-127) : digit;
+        const f32x16 left = x - to_float16lanes(digit);
+        rest += left * left;
+        sum += digit;
+        const i8x16 bytes = __builtin_convertvector(digit, i8x16);
+        store(query->digits + at, bytes);
+    }
+    int32_t lanes[16], total = 0;
+    store(lanes, sum);
+    for (int lane : lanes) total += lane;
+    query->digit_sum = total;
+    query->step = step;
+    // sqrt of the float sum, raised by its rounding and by that of x (127 * 2^-23 a coordinate).
+    query->rest = step * (float(__builtin_sqrt(double(sum_of(rest)))) * 1.00001f + 3e-5f * float(__builtin_sqrt(double(dim))));
+}
+
+template <int Queries>
+inline void score_word(const uint8_t* codes, const float* steps, int quads, const PanelQuery* queries, float* logits,
+                       size_t stride) {
+    for (int first = 0; first < 4; first += kWordBlocks) {
+        i32x16 sum[kWordBlocks][Queries];
+        // sum of digits * (code - 127.5) = dot - 127.5 digit_sum; half a unit at most is rounded away
+        // here, and stands in the band (DESIGN.md, "Prompts").
+        for (int q = 0; q < Queries; ++q)
+            for (int b = 0; b < kWordBlocks; ++b) sum[b][q] = splat(queries[q].start);
+        const uint8_t* from = codes + first * 64;
+        for (int p = 0; p < quads; ++p, from += 256) {
+            u8x64 block[kWordBlocks];
+            for (int b = 0; b < kWordBlocks; ++b) block[b] = load<u8x64>(from + b * 64);
+            for (int q = 0; q < Queries; ++q) {
+                const int32_t digits = four_digits(queries[q].digits + 4 * p);
+                for (int b = 0; b < kWordBlocks; ++b) sum[b][q] = dot4_byte(sum[b][q], block[b], digits);
+            }
+        }
+        for (int b = 0; b < kWordBlocks; ++b) {
+            const f32x16 step = load<f32x16>(steps + (first + b) * 16);
+            for (int q = 0; q < Queries; ++q)
+                store(logits + q * stride + (first + b) * 16,
+                      to_float16lanes(sum[b][q]) * step * queries[q].unit + queries[q].centre);
+        }
+    }
+}
+
+// logits[q][64 * word + i] for `words` words of the panel.
+void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuery* queries, int count, float* logits,
+                 size_t stride) {
+    const int quads = (dim + 7) / 8 * 2;
+    for (int first = 0; first < count; first += kMicroQueries) {
+        const PanelQuery* own = queries + first;
+        const int here = count - first < kMicroQueries ? count - first : kMicroQueries;
+        for (size_t word = 0; word < words; ++word) {
+            const uint8_t* codes = panel->codes + word * size_t(quads) * 256;
+            const float* steps = panel->steps + word * 64;
+            float* to = logits + first * stride + word * 64;
+            switch (here) {
+                case 1: score_word<1>(codes, steps, quads, own, to, stride); break;
+                case 2: score_word<2>(codes, steps, quads, own, to, stride); break;
+                case 3: score_word<3>(codes, steps, quads, own, to, stride); break;
+#if defined(__AVX512VNNI__)
+                case 4: score_word<4>(codes, steps, quads, own, to, stride); break;
+                case 5: score_word<5>(codes, steps, quads, own, to, stride); break;
+                default: score_word<6>(codes, steps, quads, own, to, stride); break;
+#endif
+            }
+        }
+    }
+}
+
+// 2^y from above: the line 1 + f over 2^f on [0, 1), at most 6.2 % too large; 0 below 2^-127. The bits of the float
+// are the number (y + 127) 2^23 itself.
+inline f32x16 power_above(f32x16 y) {
+    const i32x16 bits = __builtin_convertvector(y * 8388608.0f + 127.0f * 8388608.0f, i32x16);
+    return (f32x16)(bits > 0 ? bits : i32x16{});
+}
+
+// Of logits[count] (a multiple of 64 is read, -inf is nothing): those from the threshold on, in order, with their
+// positions; the mass of the others relative to 2^reference, from above. kept and positions have room for
+// count + 16.
+size_t select_row(const float* logits, size_t count, float threshold, float reference, uint32_t first,
+                  uint32_t* positions, float* kept, float* omitted, uint32_t* words_skipped) {
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    size_t found = 0;
+    uint32_t skipped = 0;
+    f32x16 sum[2] = {};
+    const f32x16 from = splat(threshold);
+    for (size_t i = 0; i < count; i += 64) {
+        uint32_t mask[4];
+        for (int b = 0; b < 4; ++b) {
+            const f32x16 x = load<f32x16>(logits + i + 16 * b);
+            mask[b] = mask_ge(x, from);
+            sum[b % 2] += keep_lanes(~mask[b] & 0xffffu, power_above(x - reference));
+        }
+        if (!(mask[0] | mask[1] | mask[2] | mask[3])) {
+            ++skipped;
+            continue;
+        }
+        for (int b = 0; b < 4; ++b) {
+            compress(mask[b], lane + int32_t(first + i + 16 * b), positions + found);
+            compress(mask[b], (i32x16)load<f32x16>(logits + i + 16 * b), (uint32_t*)(kept + found));
+            found += size_t(__builtin_popcount(mask[b]));
+        }
+    }
+    *omitted = sum_of(sum[0] + sum[1]);
+    *words_skipped = skipped;
+    return found;
+}
+
+// weights = 2^(logits - reference), also past `count` up to a multiple of 16; their sum. Relative error below
+// 3e-7 (1 + |logit - reference|).
+double weigh(const float* logits, size_t count, float reference, float* weights) {
+    f32x16 sum = {};
+    for (size_t i = 0; i < count; i += 16) {
+        f32x16 w = exp_of((load<f32x16>(logits + i) - reference) * 0.69314718f);
+        if (count - i < 16) w = lanes_below(int(count - i)) ? w : f32x16{};
+        store(weights + i, w);
+        sum += w;
+    }
+    return sum_of(sum);
+}
+
+// curve[j] = mass of the logits below top - j relative to 2^top, where top is the largest, which is returned; curve[0] is
+// all of it.
+float mass_curve(const float* logits, size_t count, float* curve) {
+    f32x16 most = splat(-kInfinity), sums[kCurve] = {};
+    for (size_t i = 0; i < count; i += 16) most = max_of(most, load<f32x16>(logits + i));
+    const float top = max_of_lanes(most);
+    if (top == -kInfinity) return top;
+    for (size_t i = 0; i < count; i += 16) {
+        const f32x16 x = load<f32x16>(logits + i) - top, weight = power_above(x);
+        sums[0] += weight;
+        for (int j = 1; j < kCurve; ++j) sums[j] += x < splat(-float(j)) ? weight : f32x16{};
+    }
+    for (int j = 0; j < kCurve; j += 4) sums_of_4(sums + j, curve + j);
+    return top;
+}
+
+float largest_of(const float* x, size_t count) {
+    f32x16 top = splat(-kInfinity);
+    for (size_t i = 0; i < count; i += 16) {
+        const f32x16 v = load<f32x16>(x + i);
+        top = max_of(top, count - i < 16 ? (lanes_below(int(count - i)) ? v : splat(-kInfinity)) : v);
+    }
+    return max_of_lanes(top);
+}
+
+// Where x reaches `from`: the places, and what stands there in `positions`. Both lists have room for count + 16.
+size_t places_from(const float* x, size_t count, float from, const uint32_t* positions, uint32_t* places,
+                   uint32_t* chosen) {
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    size_t found = 0;
+    for (size_t i = 0; i < count; i += 16) {
+        uint32_t mask = mask_ge(load<f32x16>(x + i), splat(from));
+        if (count - i < 16) mask &= (1u << (count - i)) - 1;
+        compress(mask, lane + int32_t(i), places + found);
+        compress(mask, load<i32x16>(positions + i), chosen + found);
+        found += size_t(__builtin_popcount(mask));
+    }
+    return found;
+}
+
+// accumulator += sum of weights[i] * row keys[i]
+template <Dtype Type>
+inline void accumulate_typed(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
+                             size_t count, int dim, float* accumulator) {
+    int at = 0;
+    for (; at + 64 <= dim; at += 64) {
+        f32x16 even[4], odd[4] = {};
+        for (int j = 0; j < 4; ++j) even[j] = load<f32x16>(accumulator + at + 16 * j);
+        size_t i = 0;
+        for (; i + 2 <= count; i += 2) {
+            const uint8_t *a = rows + keys[i] * stride, *b = rows + keys[i + 1] * stride;
+            for (int j = 0; j < 4; ++j) even[j] += weights[i] * load_row(Type, a, at + 16 * j);
+            for (int j = 0; j < 4; ++j) odd[j] += weights[i + 1] * load_row(Type, b, at + 16 * j);
+        }
+        if (i < count)
+            for (int j = 0; j < 4; ++j) even[j] += weights[i] * load_row(Type, rows + keys[i] * stride, at + 16 * j);
+        for (int j = 0; j < 4; ++j) store(accumulator + at + 16 * j, even[j] + odd[j]);
+    }
+    for (; at < dim; at += 16) {  // accumulators are padded to 16
+        f32x16 sum = load<f32x16>(accumulator + at);
+        if (at + 16 <= dim)
+            for (size_t i = 0; i < count; ++i) sum += weights[i] * load_row(Type, rows + keys[i] * stride, at);
+        else
+            for (size_t i = 0; i < count; ++i)
+                sum += weights[i] * load_row_part(Type, rows + keys[i] * stride, at, dim - at);
+        store(accumulator + at, sum);
+    }
+}
+
+void accumulate_rows(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, const float* weights,
+                     size_t count, int dim, float* accumulator) {
+    const uint8_t* from = (const uint8_t*)rows;
+    switch (dtype) {
+        case Dtype::float32:
+            return accumulate_typed<Dtype::float32>(from, stride, keys, weights, count, dim, accumulator);
+        case Dtype::bfloat16:
+            return accumulate_typed<Dtype::bfloat16>(from, stride, keys, weights, count, dim, accumulator);
+        default: return accumulate_typed<Dtype::float16>(from, stride, keys, weights, count, dim, accumulator);
+    }
+}
+
+// out[i] = scale * <query, row keys[i]> in float32; query is padded with zeros to a multiple of 16. out has room for
+// a multiple of 4.
+template <Dtype Type>
+inline void dot_typed(const uint8_t* rows, size_t stride, const uint32_t* keys, size_t count, const float* query,
+                      int dim, float scale, float* out) {
+    const int whole = dim / 16 * 16;
+    for (size_t i = 0; i < count; i += 4) {
+        f32x16 sums[4] = {};
+        for (size_t k = 0; k < 4 && i + k < count; ++k) {
+            const uint8_t* row = rows + keys[i + k] * stride;
+            f32x16 sum[2] = {};
+            int at = 0;
+            for (; at + 32 <= whole; at += 32) {
+                sum[0] += load_row(Type, row, at) * load<f32x16>(query + at);
+                sum[1] += load_row(Type, row, at + 16) * load<f32x16>(query + at + 16);
+            }
+            if (at < whole) sum[0] += load_row(Type, row, at) * load<f32x16>(query + at);
+            if (whole < dim) sum[1] += load_row_part(Type, row, whole, dim - whole) * load<f32x16>(query + whole);
+            sums[k] = scale * (sum[0] + sum[1]);
+        }
+        sums_of_4(sums, out + i);
+    }
+}
+
+void dot_rows(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, size_t count, const float* query,
+              int dim, float scale, float* out) {
+    const uint8_t* from = (const uint8_t*)rows;
+    switch (dtype) {
+        case Dtype::float32: return dot_typed<Dtype::float32>(from, stride, keys, count, query, dim, scale, out);
+        case Dtype::bfloat16: return dot_typed<Dtype::bfloat16>(from, stride, keys, count, query, dim, scale, out);
+        default: return dot_typed<Dtype::float16>(from, stride, keys, count, query, dim, scale, out);
+    }
+}
+
+// Keys that a byte mask hides (zero) become -inf.
+void hide_masked(const uint8_t* mask, size_t count, float* logits) {
+    for (size_t i = 0; i < count; ++i) logits[i] = mask[i] ? logits[i] : -kInfinity;
+}
