@@ -45,29 +45,29 @@ double expm1_above(double x) { return x < 1 ? x / (1 - 0.5 * x) * (1 + 1e-12) : 
 struct Row {
     int head;
     int64_t query, visible, seen;
-    size_t place;       // index into the results
-    size_t blocks;      // coded blocks it sees, but for its own
+    size_t place;   // index into the results
+    size_t blocks;  // coded blocks it sees, but for its own
     const uint8_t* mask;
-    double norm, length;  // length: scale * |q|, in units of the logits
-    double float_slack;   // of a logit from full-precision rows
-    double threshold;     // of the rule, in units of the logits
-    double fixed_band;    // band from the rounding of the query
+    double norm, length;              // length: scale * |q|, in units of the logits
+    double float_slack;               // of a logit from full-precision rows
+    double threshold;                 // of the rule, in units of the logits
+    double fixed_band;                // band from the rounding of the query
     double reference, mass, omitted;  // of the keys that are kept, and a bound of the others
+    double sure;                      // a lower bound of the mass that is kept
     double doubtful, spread2;         // by how much weights from estimates may be off, and a sum for the estimate
-    float curve[kCurve];  // mass of sampled keys below 2^(curve_top - j)
-    float curve_top;      // -inf: nothing is known, and everything is kept
-    double top;           // ReLU: the largest excess so far
-    double best;          // ReLU: the largest excess of any candidate, also below zero
+    float curve[kCurve];              // mass of sampled keys below 2^(curve_top - j)
+    float curve_top;                  // -inf: nothing is known, and everything is kept
+    double top;                       // ReLU: the largest excess so far
     int64_t kept, exact, sketched, candidates;
 
-    // exp(-band) >= 2 - exp(band); and less the rounding of weights and sums
-    double surely() const { return std::max(mass - doubtful, 0.0) * (1 - 1e-4); }
+    double surely() const { return sure * (1 - 1e-4); }  // less the rounding of weights and sums
 };
 
 struct Workspace {
     std::vector<uint8_t> codes;
     std::vector<float> steps, logits, vectors, accumulators, kept, weights, dots;
     std::vector<uint32_t> positions, exact_positions, exact_places;
+    std::vector<double> excesses;
     std::vector<PanelQuery> queries;
     std::vector<Row> rows;
     CodedPanel panel{};
@@ -83,6 +83,7 @@ struct Workspace {
         accumulators.resize(kTileRows * size_t(padded16(value_dim)));
         for (auto* list : {&kept, &weights, &dots}) list->resize(kPanelKeys + 64);
         for (auto* list : {&positions, &exact_positions, &exact_places}) list->resize(kPanelKeys + 64);
+        excesses.resize(kPanelKeys + 64);
         queries.resize(kTileRows);
         rows.resize(kTileRows);
     }
@@ -165,12 +166,12 @@ private:
         row.head = head % cache_.kv_heads() * group_ + int(at % size_t(group_));
         row.place = (size_t(b) * size_t(heads_) + size_t(row.head)) * size_t(m_) + size_t(row.query);
         row.visible = std::clamp<int64_t>(queries_.visible[row.query], 0, int64_t(cache_.size()));
-        row.mask = queries_.mask ? queries_.mask + b * queries_.mask_batch_stride +
-                                       row.query * queries_.mask_query_stride
-                                 : nullptr;
+        row.mask = queries_.mask
+                       ? queries_.mask + b * queries_.mask_batch_stride + row.query * queries_.mask_query_stride
+                       : nullptr;
         row.seen = row.visible;
         if (row.mask) row.seen -= std::count(row.mask, row.mask + row.visible, uint8_t(0));
-        row.reference = row.best = -double(kInf);
+        row.reference = -double(kInf);
         row.curve_top = -kInf;
         std::fill_n(accumulator(space, i), padded16(value_dim_), 0.0f);
         float* q = vector(space, i);
@@ -243,7 +244,7 @@ private:
     }
     void rescale(Workspace& space, size_t i, double factor) {
         Row& row = space.rows[i];
-        for (double* sum : {&row.mass, &row.omitted, &row.doubtful}) *sum *= factor;
+        for (double* sum : {&row.mass, &row.sure, &row.omitted, &row.doubtful}) *sum *= factor;
         row.spread2 *= factor * factor;
         for (float& mass : row.curve) mass *= float(factor);
         float* sum = accumulator(space, i);
@@ -258,34 +259,42 @@ private:
         space.rows[i].exact += int64_t(count);
     }
 
-    // The keys in space.positions at full precision: logits, the weights of those that the rule keeps, their values.
+    // The keys in space.positions at full precision.
     void add_exact(Workspace& space, size_t i, int head, size_t count) {
         Row& row = space.rows[i];
-        exact_logits(space, i, head, space.positions.data(), count, space.kept.data());
-        if (exact_rule()) count = keep_exact(space, row, count);
+        if (exact_rule()) {
+            count = keep_exact(space, i, head, count);
+        } else {
+            exact_logits(space, i, head, space.positions.data(), count, space.kept.data());
+        }
         if (!count) return;
         if (relu()) {
-            double top = row.top;
-            for (size_t k = 0; k < count; ++k) top = std::max(top, double(space.kept[k]) - row.threshold);
-            // Weights are relative to the largest so far, so that no power of them leaves float32.
-            if (top > row.top) {
-                rescale(space, i, row.top > 0 ? power_of(row.top / top) : 0.0);
-                row.top = top;
-            }
-            const float over = float(1.0 / top);
-            for (size_t k = 0; k < count; ++k) {
-                const float excess = std::max(float((double(space.kept[k]) - row.threshold)) * over, 0.0f);
-                float weight = excess;
-                for (int p = 1; p < settings_.power; ++p) weight *= excess;
-                space.weights[k] = weight;
-                row.mass += double(weight);
-            }
+            weigh_excesses(space, i, count);
         } else {
             lift_reference(space, i, count);
-            row.mass += kernels().weigh(space.kept.data(), count, float(row.reference), space.weights.data());
+            const double mass = kernels().weigh(space.kept.data(), count, float(row.reference), space.weights.data());
+            row.mass += mass;
+            row.sure += mass;
         }
         row.kept += int64_t(count);
         accumulate(space, i, head, count);
+    }
+
+    // Weights are relative to the power of the largest excess so far, so that none leaves float32.
+    void weigh_excesses(Workspace& space, size_t i, size_t count) {
+        Row& row = space.rows[i];
+        const double top =
+            std::max(row.top, *std::max_element(space.excesses.begin(), space.excesses.begin() + int64_t(count)));
+        if (top > row.top) {
+            rescale(space, i, row.top > 0 ? power_of(row.top / top) : 0.0);
+            row.top = top;
+        }
+        const double over = 1.0 / top;
+        for (size_t k = 0; k < count; ++k) {
+            const float weight = float(power_of(space.excesses[k] * over));
+            space.weights[k] = weight;
+            row.mass += double(weight);
+        }
     }
 
     double power_of(double x) const {
@@ -294,20 +303,25 @@ private:
         return product;
     }
 
-    // Candidates whose full-precision logit reaches the threshold; the mass of the others is omitted.
-    size_t keep_exact(Workspace& space, Row& row, size_t count) {
+    // Of the candidates in space.positions, those whose logit reaches the threshold in float64: their excesses, and for
+    // softmax the logits. The mass of the others is omitted.
+    size_t keep_exact(Workspace& space, size_t i, int head, size_t count) {
+        Row& row = space.rows[i];
+        const RowStore& rows = cache_.keys();
+        kernels().dot_rows64(rows.dtype(), rows.row(0, head), rows.token_bytes(), space.positions.data(), count,
+                             vector(space, i), dim_, space.excesses.data());
+        row.exact += int64_t(count);
         row.candidates += int64_t(count);
         size_t kept = 0;
         for (size_t k = 0; k < count; ++k) {
-            const double logit = space.kept[k];
-            const bool keep = relu() ? logit > row.threshold : logit >= row.threshold;
-            row.best = std::max(row.best, logit - row.threshold);
-            if (!keep && !relu() && row.reference > -double(kInf)) row.omitted += std::exp2(logit - row.reference);
-            if (!keep && !relu() && row.reference == -double(kInf)) {
-                row.reference = logit;
-                row.omitted = 1.0;
+            const double logit = space.excesses[k] * settings_.scale * units_, excess = logit - row.threshold;
+            const bool keep = relu() ? excess > 0 : excess >= 0;
+            if (!keep && !relu()) {
+                if (row.reference == -double(kInf)) row.reference = logit;
+                row.omitted += std::exp2(logit - row.reference);
             }
-            space.kept[kept] = space.kept[k];
+            space.excesses[kept] = excess;
+            space.kept[kept] = float(logit);
             space.positions[kept] = space.positions[k];
             kept += keep;
         }
@@ -399,12 +413,13 @@ private:
         const double allowed = (kAim * budget_ * mass - row.omitted) / (each * (1 + off));
         if (!(allowed > 0)) return double(row.curve_top) - kCurve;
         int j = 0;
-        while (j < kCurve && double(row.curve[j]) > allowed) ++j;
+        while (j<kCurve&& double(row.curve[j])> allowed) ++j;
         if (j == 0) return double(row.curve_top);
         if (j == kCurve) return double(row.curve_top) - kCurve + 1;
         // Between two points the mass below a threshold falls like a power of two.
         const double above = row.curve[j - 1], below = std::max(double(row.curve[j]), above * 1e-3);
-        const double part = std::clamp(quick_log2(allowed / below) / std::max(quick_log2(above / below), 0.01), 0.0, 1.0);
+        const double part =
+            std::clamp(quick_log2(allowed / below) / std::max(quick_log2(above / below), 0.01), 0.0, 1.0);
         return double(row.curve_top) - j + part;
     }
 
@@ -445,15 +460,19 @@ private:
             double mass = row.surely();
             if (found) {
                 const float top = kernels().largest_of(space.kept.data(), found);
-                if (double(top) > row.reference + 24.0) break;  // by far the largest mass so far
+                if (double(top) > row.reference + 24.0) {  // masses no longer fit: count them from there
+                    raise_reference(space, i, top);
+                    --tries;
+                    continue;
+                }
                 mass += kernels().weigh(space.kept.data(), found, float(row.reference), space.weights.data()) /
                         (1 + off) * 0.9999;
             }
             if (left <= budget_ * kSpend * mass || threshold == -double(kInf)) break;
             ++again_;
             const double room = budget_ * kSpend * mass - row.omitted;
-            threshold = tries < 3 && room > 0 ? threshold - 1.0 - quick_log2(double(omitted) * factor / room)
-                                              : -double(kInf);
+            threshold =
+                tries < 3 && room > 0 ? threshold - 1.0 - quick_log2(double(omitted) * factor / room) : -double(kInf);
         }
         row.omitted += double(omitted) * factor;
         if (found) add(space, i, head, found, off);
@@ -479,6 +498,7 @@ private:
         double exact_mass = 0;
         for (size_t k = 0; k < exact; ++k) exact_mass += double(space.weights[space.exact_places[k]]);
         row.mass += all;
+        row.sure += exact_mass + std::max(all - exact_mass, 0.0) / (1 + off);  // exp(-band) >= 1 / (1 + off)
         if (found > exact) {
             const double doubtful = (std::max(all - exact_mass, 0.0) + all * 1e-6) * off;
             row.doubtful += doubtful;
@@ -500,9 +520,9 @@ private:
         }
         float omitted;
         uint32_t skipped;
-        const size_t found = kernels().select_row(logits, count, threshold, relu() ? kInf : float(row.reference),
-                                                  uint32_t(first), space.positions.data(), space.kept.data(), &omitted,
-                                                  &skipped);
+        const size_t found =
+            kernels().select_row(logits, count, threshold, relu() ? kInf : float(row.reference), uint32_t(first),
+                                 space.positions.data(), space.kept.data(), &omitted, &skipped);
         if (!relu()) row.omitted += double(omitted) * (1 + expm1_above(wide / kLog2e)) * kSumExcess;
         if (found) add_exact(space, i, head, found);
         return int64_t(skipped) * 64;
@@ -512,10 +532,6 @@ private:
 
     void finish_row(Workspace& space, size_t i, int head) {
         Row& row = space.rows[i];
-        if (relu() && row.best > -row.float_slack && row.best < 64.0 * row.float_slack) {
-            relu_in_float64(space, i, head);
-            return;
-        }
         float* out = result_.out + row.place * size_t(value_dim_);
         const float* sum = accumulator(space, i);
         const double mass = row.mass;
@@ -528,8 +544,7 @@ private:
             // Nothing seen, or an empty ReLU row: zero by definition. A softmax row that kept nothing of what it
             // saw is as wrong as any answer can be.
             const bool defined = relu() || row.seen == 0;
-            result_.error_bound[row.place] = result_.estimated_error[row.place] =
-                defined ? 0.0f : reach_of(head, out);
+            result_.error_bound[row.place] = result_.estimated_error[row.place] = defined ? 0.0f : reach_of(head, out);
             result_.omitted_mass[row.place] = defined ? 0.0f : 1.0f;
             return;
         }
@@ -552,8 +567,8 @@ private:
         const ValueSketch& values = cache_.value_sketch(head);
         double worst = 0;
         for (int j = 0; j < value_dim_; ++j)
-            worst = std::max({worst, double(values.most()[size_t(j)]) - out[j],
-                              double(out[j]) - values.least()[size_t(j)]});
+            worst = std::max(
+                {worst, double(values.most()[size_t(j)]) - out[j], double(out[j]) - values.least()[size_t(j)]});
         return up(worst);
     }
 
@@ -562,12 +577,14 @@ private:
     void certify(const Row& row, int head, double mass, const float* out) {
         // Keys whose weight underflowed (below 2^-126 of the reference) count that much each.
         const double omitted = relu() ? 0.0 : row.omitted * kSumExcess + double(row.seen) * 1.7e-38;
-        // Of a weight taken from a full-precision logit: its float32 rounding. ReLU: an excess is off by at most
-        // `slack`, and then a weight, relative to the power of the largest excess, by (1 + slack / excess)^power - 1.
-        const double slack = row.float_slack;
+        // Of a weight taken from a full-precision logit: its float32 rounding. ReLU: a float64 excess is off by at
+        // most `slack`, and then a weight, relative to the power of the largest excess, by
+        // (1 + slack / excess)^power - 1; weights themselves are rounded to float32.
+        const double slack = row.length * cache_.largest_key_norm(head) * (dim_ / 16.0 + 8.0) * 1.2e-16;
         const double exact_error =
-            relu() ? double(row.candidates) * std::expm1(settings_.power * std::log1p(slack / row.top) + 1e-6)
-                   : mass * std::expm1(2 * slack / kLog2e + 2e-6);
+            relu()
+                ? double(row.candidates) * std::expm1(settings_.power * std::log1p(slack / row.top)) + mass * 2 * kUnit
+                : mass * std::expm1(2 * row.float_slack / kLog2e + 2e-6);
         const double wrong = (omitted + row.doubtful + exact_error) / mass;
         const ValueSketch& values = cache_.value_sketch(head);
         double reach = 0, spread = 0, largest = 0;
@@ -579,60 +596,13 @@ private:
         }
         const double bound = wrong < 1 ? std::min(wrong * reach / (1 - wrong), reach) : reach;
         // Float32 sums, panel by panel: chains of at most a panel's keys and one term a panel.
-        const double chain = double(std::min<int64_t>(row.kept, int64_t(kPanelKeys))) +
-                             double(row.blocks / kPanelBlocks) + 32.0;
+        const double chain =
+            double(std::min<int64_t>(row.kept, int64_t(kPanelKeys))) + double(row.blocks / kPanelBlocks) + 32.0;
         result_.error_bound[row.place] = up(bound + kUnit * chain * largest);
-        result_.omitted_mass[row.place] =
-            omitted > 0 ? std::min(1.0f, up(omitted / (row.surely() + omitted))) : 0.0f;
+        result_.omitted_mass[row.place] = omitted > 0 ? std::min(1.0f, up(omitted / (row.surely() + omitted))) : 0.0f;
         result_.estimated_error[row.place] =
             float(std::sqrt(row.spread2 / dim_ * 2.0 * std::log(2.0 * value_dim_)) * spread / mass +
                   omitted / mass * spread + kUnit * 16 * largest);
-    }
-
-    // An excess of the size of its own rounding would be weighed wrongly: such rows, whose keys all just reach the
-    // threshold, are computed in float64.
-    void relu_in_float64(Workspace& space, size_t i, int head) {
-        Row& row = space.rows[i];
-        const RowStore& keys = cache_.keys();
-        const float* q = vector(space, i);
-        const auto excess = [&](size_t key) {
-            if (row.mask && !row.mask[key]) return 0.0;
-            const double logit = settings_.scale * kernels().dot64(keys.dtype(), keys.row(key, head), q, dim_);
-            return std::max(logit - row.threshold, 0.0);
-        };
-        full_ += row.visible;
-        double top = 0, mass = 0;
-        for (size_t key = 0; key < size_t(row.visible); ++key) top = std::max(top, excess(key));
-        std::vector<double> sum(static_cast<size_t>(value_dim_), 0.0);
-        std::vector<float> value(static_cast<size_t>(value_dim_));
-        int64_t kept = 0;
-        for (size_t key = 0; top > 0 && key < size_t(row.visible); ++key) {
-            const double x = excess(key);
-            if (!(x > 0)) continue;
-            const double weight = power_of(x / top);
-            kernels().to_float(cache_.dtype(), cache_.values().row(key, head), value.data(), value.size());
-            for (size_t j = 0; j < sum.size(); ++j) sum[j] += weight * value[j];
-            mass += weight;
-            ++kept;
-        }
-        float* out = result_.out + row.place * size_t(value_dim_);
-        double largest = 0;
-        for (size_t j = 0; j < sum.size(); ++j) {
-            out[j] = mass > 0 ? float(sum[j] / mass) : 0.0f;
-            largest = std::max(largest, std::fabs(double(out[j])));
-        }
-        result_.density[row.place] = float(double(kept) / double(row.seen));
-        result_.lse[row.place] = mass > 0 ? float(std::log(mass) + settings_.power * std::log(top)) : -kInf;
-        const double slack = settings_.scale * row.norm * cache_.largest_key_norm(head) * (dim_ / 16.0 + 8.0) * 1.2e-16;
-        const double wrong =
-            mass > 0 ? double(row.seen) * std::expm1(settings_.power * std::log1p(slack / top)) / mass : 0.0;
-        const double reach = mass > 0 ? double(reach_of(head, out)) : 0.0;
-        const double bound = wrong < 1 ? std::min(wrong * reach / (1 - wrong), reach) : reach;
-        result_.error_bound[row.place] = result_.estimated_error[row.place] = up(bound + 2 * kUnit * largest);
-        result_.omitted_mass[row.place] = 0.0f;
-        if (!settings_.certify)
-            result_.error_bound[row.place] = result_.estimated_error[row.place] = result_.omitted_mass[row.place] =
-                std::nanf("");
     }
 
     const LayerCache& cache_;
@@ -667,9 +637,10 @@ bool prefill_serves(const LayerCache& cache, const AttendSettings& settings, con
             longest = std::max(longest, kernels().dot64(Dtype::float32, row.data(), row.data(), int(q.dim)));
         }
         // 0.01: more than the rounding of a unit query to 8 bits, up to 512 coordinates
-        const double band = settings.scale * std::sqrt(longest) *
-                            (sketch.extent().residual8 * 1.02 + 0.02 * sketch.largest_norm());
-        const double logit = settings.scale * std::sqrt(longest) * (cache.largest_key_norm(head) + sketch.centre_norm());
+        const double band =
+            settings.scale * std::sqrt(longest) * (sketch.extent().residual8 * 1.02 + 0.02 * sketch.largest_norm());
+        const double logit =
+            settings.scale * std::sqrt(longest) * (cache.largest_key_norm(head) + sketch.centre_norm());
         if (!(band < kSafeBand) || !(logit < 1e5)) safe = false;
     });
     return safe;

@@ -6,8 +6,8 @@
 
 namespace hsr {
 
-// Whether `prefill` answers this call: enough queries, a rule that needs no second look at all keys, and logits that the
-// codes can bound. Otherwise `attend` does.
+// Whether `prefill` answers this call: enough queries, a rule that needs no second look at all keys, and logits that
+// the codes can bound. Otherwise `attend` does.
 bool prefill_serves(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries);
 
 AttendWork prefill(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries,

@@ -177,6 +177,8 @@ struct Kernels {
                             size_t count, int dim, float* accumulator);
     void (*dot_rows)(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, size_t count,
                      const float* query, int dim, float scale, float* out);
+    void (*dot_rows64)(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, size_t count,
+                       const float* query, int dim, double* out);
     void (*hide_masked)(const uint8_t* mask, size_t count, float* logits);
 };
 

@@ -645,10 +645,38 @@ namespace HSR_LEVEL {
 
 const Kernels& table();
 const Kernels& table() {
-    static const Kernels all = {HSR_TEXT(HSR_LEVEL), to_float,  rotate,     code_keys, code_value, scan,
-                                scan_mass,           exp_into,  mass_below, sum_exp,   refine,     select,
-                                accumulate_codes,    bounds,    dot,        dot64,     axpy,       flat_masks,
-                                flat_block64,        count_from,         unpack_panel, code_query, score_panel, select_row, weigh, largest_of, mass_curve, places_from, accumulate_rows, dot_rows, hide_masked};
+    static const Kernels all = {HSR_TEXT(HSR_LEVEL),
+                                to_float,
+                                rotate,
+                                code_keys,
+                                code_value,
+                                scan,
+                                scan_mass,
+                                exp_into,
+                                mass_below,
+                                sum_exp,
+                                refine,
+                                select,
+                                accumulate_codes,
+                                bounds,
+                                dot,
+                                dot64,
+                                axpy,
+                                flat_masks,
+                                flat_block64,
+                                count_from,
+                                unpack_panel,
+                                code_query,
+                                score_panel,
+                                select_row,
+                                weigh,
+                                largest_of,
+                                mass_curve,
+                                places_from,
+                                accumulate_rows,
+                                dot_rows,
+                                dot_rows64,
+                                hide_masked};
     return all;
 }
 

@@ -60,7 +60,8 @@ void code_query(const float* y, int dim, PanelQuery* query) {
     query->digit_sum = total;
     query->step = step;
     // sqrt of the float sum, raised by its rounding and by that of x (127 * 2^-23 a coordinate).
-    query->rest = step * (float(__builtin_sqrt(double(sum_of(rest)))) * 1.00001f + 3e-5f * float(__builtin_sqrt(double(dim))));
+    query->rest =
+        step * (float(__builtin_sqrt(double(sum_of(rest)))) * 1.00001f + 3e-5f * float(__builtin_sqrt(double(dim))));
 }
 
 template <int Queries>
@@ -131,7 +132,7 @@ size_t select_row(const float* logits, size_t count, float threshold, float refe
     size_t found = 0;
     uint32_t skipped = 0;
     f32x16 sum[2] = {};
-    const f32x16 from = splat(threshold);
+    const f32x16 from = splat(threshold > kLowest ? threshold : kLowest);  // hidden keys are never kept
     for (size_t i = 0; i < count; i += 64) {
         uint32_t mask[4];
         for (int b = 0; b < 4; ++b) {
@@ -167,8 +168,8 @@ double weigh(const float* logits, size_t count, float reference, float* weights)
     return sum_of(sum);
 }
 
-// curve[j] = mass of the logits below top - j relative to 2^top, where top is the largest, which is returned; curve[0] is
-// all of it.
+// curve[j] = mass of the logits below top - j relative to 2^top, where top is the largest, which is returned; curve[0]
+// is all of it.
 float mass_curve(const float* logits, size_t count, float* curve) {
     f32x16 most = splat(-kInfinity), sums[kCurve] = {};
     for (size_t i = 0; i < count; i += 16) most = max_of(most, load<f32x16>(logits + i));
@@ -207,33 +208,43 @@ size_t places_from(const float* x, size_t count, float from, const uint32_t* pos
     return found;
 }
 
-// accumulator += sum of weights[i] * row keys[i]
+// accumulator += sum of weights[i] * row keys[i], for 16 * Wide coordinates. Several short chains are quicker than one,
+// and they round less.
+template <Dtype Type, int Wide, bool Part>
+inline void accumulate_strip(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
+                             size_t count, int at, int lanes, float* accumulator) {
+    constexpr int kChains = 4;
+    constexpr size_t kPiece = 64;
+    const auto part = [&](size_t i, int j) {
+        const uint8_t* row = rows + keys[i] * stride;
+        return weights[i] * (Part ? load_row_part(Type, row, at, lanes) : load_row(Type, row, at + 16 * j));
+    };
+    f32x16 total[Wide];
+    for (int j = 0; j < Wide; ++j) total[j] = load<f32x16>(accumulator + at + 16 * j);
+    for (size_t first = 0; first < count; first += kPiece) {
+        const size_t end = first + kPiece < count ? first + kPiece : count;
+        f32x16 sum[kChains][Wide] = {};
+        size_t i = first;
+        for (; i + kChains <= end; i += kChains)
+            for (int c = 0; c < kChains; ++c)
+                for (int j = 0; j < Wide; ++j) sum[c][j] += part(i + c, j);
+        for (; i < end; ++i)
+            for (int j = 0; j < Wide; ++j) sum[0][j] += part(i, j);
+        for (int j = 0; j < Wide; ++j) total[j] += (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]);
+    }
+    for (int j = 0; j < Wide; ++j) store(accumulator + at + 16 * j, total[j]);
+}
+
 template <Dtype Type>
 inline void accumulate_typed(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
                              size_t count, int dim, float* accumulator) {
     int at = 0;
-    for (; at + 64 <= dim; at += 64) {
-        f32x16 even[4], odd[4] = {};
-        for (int j = 0; j < 4; ++j) even[j] = load<f32x16>(accumulator + at + 16 * j);
-        size_t i = 0;
-        for (; i + 2 <= count; i += 2) {
-            const uint8_t *a = rows + keys[i] * stride, *b = rows + keys[i + 1] * stride;
-            for (int j = 0; j < 4; ++j) even[j] += weights[i] * load_row(Type, a, at + 16 * j);
-            for (int j = 0; j < 4; ++j) odd[j] += weights[i + 1] * load_row(Type, b, at + 16 * j);
-        }
-        if (i < count)
-            for (int j = 0; j < 4; ++j) even[j] += weights[i] * load_row(Type, rows + keys[i] * stride, at + 16 * j);
-        for (int j = 0; j < 4; ++j) store(accumulator + at + 16 * j, even[j] + odd[j]);
-    }
-    for (; at < dim; at += 16) {  // accumulators are padded to 16
-        f32x16 sum = load<f32x16>(accumulator + at);
-        if (at + 16 <= dim)
-            for (size_t i = 0; i < count; ++i) sum += weights[i] * load_row(Type, rows + keys[i] * stride, at);
-        else
-            for (size_t i = 0; i < count; ++i)
-                sum += weights[i] * load_row_part(Type, rows + keys[i] * stride, at, dim - at);
-        store(accumulator + at, sum);
-    }
+    for (; at + 64 <= dim; at += 64)
+        accumulate_strip<Type, 4, false>(rows, stride, keys, weights, count, at, 16, accumulator);
+    for (; at + 16 <= dim; at += 16)
+        accumulate_strip<Type, 1, false>(rows, stride, keys, weights, count, at, 16, accumulator);
+    if (at < dim)  // accumulators are padded to 16
+        accumulate_strip<Type, 1, true>(rows, stride, keys, weights, count, at, dim - at, accumulator);
 }
 
 void accumulate_rows(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, const float* weights,
@@ -279,6 +290,38 @@ void dot_rows(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys
         case Dtype::float32: return dot_typed<Dtype::float32>(from, stride, keys, count, query, dim, scale, out);
         case Dtype::bfloat16: return dot_typed<Dtype::bfloat16>(from, stride, keys, count, query, dim, scale, out);
         default: return dot_typed<Dtype::float16>(from, stride, keys, count, query, dim, scale, out);
+    }
+}
+
+// As dot_rows, in float64, without a scale. Products of float32 numbers are exact there.
+template <Dtype Type>
+inline void dot64_typed(const uint8_t* rows, size_t stride, const uint32_t* keys, size_t count, const float* query,
+                        int dim, double* out) {
+    const int whole = dim / 16 * 16;
+    f64x8 digits[kMaxHeadDim / 8];
+    for (int at = 0; at < dim; at += 8) digits[at / 8] = __builtin_convertvector(load<f32x8>(query + at), f64x8);
+    for (size_t i = 0; i < count; ++i) {
+        const uint8_t* row = rows + keys[i] * stride;
+        f64x8 sum[2] = {};
+        for (int at = 0; at < dim; at += 16) {
+            const f32x16 x = at < whole ? load_row(Type, row, at) : load_row_part(Type, row, at, dim - at);
+            f32x8 halves[2];
+            __builtin_memcpy(halves, &x, 64);
+            sum[0] += __builtin_convertvector(halves[0], f64x8) * digits[at / 8];
+            if (at + 8 < dim) sum[1] += __builtin_convertvector(halves[1], f64x8) * digits[at / 8 + 1];
+        }
+        const f64x8 all = sum[0] + sum[1];
+        out[i] = ((all[0] + all[1]) + (all[2] + all[3])) + ((all[4] + all[5]) + (all[6] + all[7]));
+    }
+}
+
+void dot_rows64(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, size_t count, const float* query,
+                int dim, double* out) {
+    const uint8_t* from = (const uint8_t*)rows;
+    switch (dtype) {
+        case Dtype::float32: return dot64_typed<Dtype::float32>(from, stride, keys, count, query, dim, out);
+        case Dtype::bfloat16: return dot64_typed<Dtype::bfloat16>(from, stride, keys, count, query, dim, out);
+        default: return dot64_typed<Dtype::float16>(from, stride, keys, count, query, dim, out);
     }
 }
 

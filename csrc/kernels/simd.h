@@ -105,8 +105,8 @@ inline void sums_of_4(const f32x16* x, float* out) {
         pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(u, v), _mm512_unpackhi_ps(u, v));
     }
     const __m512d u = _mm512_castps_pd(pairs[0]), v = _mm512_castps_pd(pairs[1]);
-    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)),
-                                     _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
+    const __m512 all =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)), _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
