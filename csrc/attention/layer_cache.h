@@ -43,7 +43,9 @@ public:
     std::shared_mutex& mutex() const { return mutex_; }
 
 private:
+    struct Piece;
     void code_from(size_t first);
+    void measure(int head, size_t first, size_t last, Piece& piece) const;
 
     mutable std::shared_mutex mutex_;
     int batch_, kv_heads_;
