@@ -679,6 +679,7 @@ const Kernels& table() {
                                 mass_curve,
                                 places_from,
                                 accumulate_rows,
+                                accumulate_dense,
                                 dot_rows,
                                 dot_rows64,
                                 hide_masked};
