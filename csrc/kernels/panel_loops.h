@@ -208,21 +208,22 @@ size_t places_from(const float* x, size_t count, float from, const uint32_t* pos
     return found;
 }
 
+constexpr size_t kSumPiece = 64;  // float32 sums start afresh after so many keys: long chains round more
+
 // accumulator += sum of weights[i] * row keys[i], for 16 * Wide coordinates. Several short chains are quicker than one,
 // and they round less.
 template <Dtype Type, int Wide, bool Part>
 inline void accumulate_strip(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
                              size_t count, int at, int lanes, float* accumulator) {
     constexpr int kChains = 4;
-    constexpr size_t kPiece = 64;
     const auto part = [&](size_t i, int j) {
         const uint8_t* row = rows + keys[i] * stride;
         return weights[i] * (Part ? load_row_part(Type, row, at, lanes) : load_row(Type, row, at + 16 * j));
     };
     f32x16 total[Wide];
     for (int j = 0; j < Wide; ++j) total[j] = load<f32x16>(accumulator + at + 16 * j);
-    for (size_t first = 0; first < count; first += kPiece) {
-        const size_t end = first + kPiece < count ? first + kPiece : count;
+    for (size_t first = 0; first < count; first += kSumPiece) {
+        const size_t end = first + kSumPiece < count ? first + kSumPiece : count;
         f32x16 sum[kChains][Wide] = {};
         size_t i = first;
         for (; i + kChains <= end; i += kChains)
@@ -268,19 +269,22 @@ constexpr int kDenseAtOnce = kDenseRows / 2, kDenseWide = 1;
 template <Dtype Type, int Wide, bool Part>
 inline void accumulate_dense_strip(const uint8_t* rows, size_t stride, size_t count, const float* weights, int at,
                                    int lanes, float* accumulators, size_t accumulator_stride) {
-    f32x16 sum[kDenseAtOnce][Wide] = {};
-    for (size_t i = 0; i < count; ++i, rows += stride, weights += kDenseStride) {
-        f32x16 value[Wide];
-        for (int j = 0; j < Wide; ++j)
-            value[j] = Part ? load_row_part(Type, rows, at, lanes) : load_row(Type, rows, at + 16 * j);
-        for (int q = 0; q < kDenseAtOnce; ++q)
-            for (int j = 0; j < Wide; ++j) sum[q][j] += weights[q] * value[j];
-    }
-    for (int q = 0; q < kDenseAtOnce; ++q)
-        for (int j = 0; j < Wide; ++j) {
-            float* to = accumulators + q * accumulator_stride + at + 16 * j;
-            store(to, load<f32x16>(to) + sum[q][j]);
+    for (size_t first = 0; first < count; first += kSumPiece) {
+        const size_t end = first + kSumPiece < count ? first + kSumPiece : count;
+        f32x16 sum[kDenseAtOnce][Wide] = {};
+        for (size_t i = first; i < end; ++i, rows += stride, weights += kDenseStride) {
+            f32x16 value[Wide];
+            for (int j = 0; j < Wide; ++j)
+                value[j] = Part ? load_row_part(Type, rows, at, lanes) : load_row(Type, rows, at + 16 * j);
+            for (int q = 0; q < kDenseAtOnce; ++q)
+                for (int j = 0; j < Wide; ++j) sum[q][j] += weights[q] * value[j];
         }
+        for (int q = 0; q < kDenseAtOnce; ++q)
+            for (int j = 0; j < Wide; ++j) {
+                float* to = accumulators + q * accumulator_stride + at + 16 * j;
+                store(to, load<f32x16>(to) + sum[q][j]);
+            }
+    }
 }
 
 template <Dtype Type>
