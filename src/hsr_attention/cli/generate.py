@@ -46,6 +46,21 @@ def run(
     prefill_chunk: Annotated[
         int, typer.Option("--prefill-chunk", min=1, help="Tokens of the prompt at a time.")
     ] = 1024,
+    storage: Annotated[
+        options.Storage,
+        typer.Option(
+            "--storage",
+            help="Full-precision keys and values in memory, or in files, for long contexts.",
+        ),
+    ] = options.Storage.memory,
+    storage_directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--storage-directory",
+            help="Of those files, with --storage disk.",
+            show_default="that of temporary files",
+        ),
+    ] = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Run the fastest dense path as well.")
     ] = False,
@@ -92,6 +107,7 @@ def run(
             max_new_tokens,
             chunk=prefill_chunk,
             watch=screen.watch,
+            storage=generation.Storage(str(storage), storage_directory),
             **settings,
         )
     dense = None
@@ -195,6 +211,7 @@ def _print(loaded: Model, policy: Any, hsr: Run, dense: Run | None, found: Summa
         ("tokens generated", [str(len(run.decoded.tokens)) for run in runs]),
         ("decoding", [_speed(run) for run in runs]),
         ("peak memory (model included)", [console.megabytes(run.peak_bytes) for run in runs]),
+        ("keys and values / codes", [_cache(run) for run in runs]),
     ]
     if found is not None:
         blank = [console.NONE] * (len(runs) - 1)
@@ -220,6 +237,12 @@ def _print(loaded: Model, policy: Any, hsr: Run, dense: Run | None, found: Summa
 
 def _speed(run: Run) -> str:
     return console.number(run.decoded.tokens_per_second, 3, " tokens/s")
+
+
+def _cache(run: Run) -> str:
+    if not run.cache_bytes:
+        return console.NONE
+    return " / ".join(console.megabytes(run.cache_bytes[part]) for part in ("rows", "codes"))
 
 
 def _spread(value: Any) -> str:
@@ -281,4 +304,5 @@ def _run_dict(loaded: Model, run: Run) -> dict[str, Any]:
         "decode_seconds": decoded.seconds,
         "seconds_by_position": run.by_position,
         "peak_bytes": run.peak_bytes,
+        "cache_bytes": run.cache_bytes or None,
     }

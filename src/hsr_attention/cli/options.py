@@ -27,6 +27,13 @@ class RopeScaling(enum.StrEnum):
     yarn = "yarn"
 
 
+class Storage(enum.StrEnum):
+    """Where full-precision keys and values stand."""
+
+    memory = "memory"
+    disk = "disk"
+
+
 Model = Annotated[
     str,
     typer.Option("--model", help="A transformers directory, a .gguf file, or the word smollm2."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,17 +151,28 @@ class HSRLayer(CacheLayerMixin):
         The model the cache is for.
     collect : bool
         Compute the certificate of every decoding step and keep it for ``statistics``.
+    storage, directory
+        Of keys and values, as in ``KVCache``.
     """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, policy: Policy, model: ModelShape, collect: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        model: ModelShape,
+        collect: bool = False,
+        *,
+        storage: str = "memory",
+        directory: str | os.PathLike[str] | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.model = model
-        self.rows = KVCache(policy)
+        self._place: Any = {"storage": storage, "directory": directory}
+        self.rows = KVCache(policy, **self._place)
         self._certificates: list[Certificate] | None = [] if collect else None
         self._value_max = 0.0
         self.batch_rows = 0
@@ -171,7 +183,8 @@ class HSRLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict) -> HSRLayer:
         """Copy the tokens (and code them again), for a prefix that serves several prompts."""
-        copy = HSRLayer(self.policy, self.model, self._certificates is not None)
+        collect = self._certificates is not None
+        copy = HSRLayer(self.policy, self.model, collect, **self._place)
         if len(self.rows):
             copy.update(*self.tensors())
         return copy
@@ -280,7 +293,7 @@ class HSRLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens and statistics."""
-        self.rows = KVCache(self.policy)
+        self.rows = KVCache(self.policy, **self._place)
         self._value_max, self.batch_rows, self.is_initialized = 0.0, 0, False
         if self._certificates is not None:
             self._certificates = []
@@ -313,17 +326,17 @@ class HSRLayer(CacheLayerMixin):
         if tokens:
             self.rows.crop(tokens)
         else:  # an empty cache takes tokens of any shape
-            self.rows = KVCache(self.policy)
+            self.rows = KVCache(self.policy, **self._place)
 
     def _select(self, batch_indices: torch.Tensor) -> None:
         self.rows.reorder(batch_indices)
         self.batch_rows = len(batch_indices)
 
     def offload(self) -> None:
-        """Do nothing: the rows are in main memory already."""
+        """Do nothing: the rows are on the CPU already."""
 
     def prefetch(self) -> None:
-        """Do nothing: the rows are in main memory already."""
+        """Do nothing: the rows are on the CPU already."""
 
 
 class DenseSlidingLayer(DynamicSlidingWindowLayer):
