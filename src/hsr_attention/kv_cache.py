@@ -195,6 +195,7 @@ class KVCache:
         *,
         mask: Any = None,
         return_certificate: bool = False,
+        tokens: int | None = None,
     ) -> Any:
         """Attend from the newest m positions, causal among themselves.
 
@@ -208,6 +209,9 @@ class KVCache:
             True where a key may be seen, besides causality (left padding, for example).
         return_certificate : bool
             Return ``(out, Certificate)``.
+        tokens : int, optional
+            Attend as if the cache held its first ``tokens`` tokens only, which is also the n of
+            the mask.
 
         Returns
         -------
@@ -216,10 +220,13 @@ class KVCache:
         queries = arguments.heads("q", q)
         if self._layer is None:
             raise ValueError("the cache must hold keys before it can be attended to, got 0")
-        m = queries.shape[2]
-        if m > len(self):
-            raise ValueError(f"q must have at most {len(self)} positions (cached tokens), got {m}")
-        out, certificate = self._attend(q, queries, None, scale, mask, return_certificate)
+        m, n = queries.shape[2], len(self) if tokens is None else tokens
+        if not 0 <= n <= len(self):
+            raise ValueError(f"tokens must lie in [0, {len(self)}], got {n}")
+        if m > n:
+            raise ValueError(f"q must have at most {n} positions (cached tokens), got {m}")
+        visible = None if tokens is None else np.arange(n - m + 1, n + 1, dtype=np.int64)
+        out, certificate = self._attend(q, queries, visible, scale, mask, return_certificate, n)
         return (out, certificate) if return_certificate else out
 
     def _attend(
@@ -230,8 +237,10 @@ class KVCache:
         scale: float | None,
         mask: Any,
         certify: bool,
+        tokens: int | None = None,
     ) -> tuple[Any, Certificate | None]:
         layer, policy = self._layer, self.policy
+        n = len(self) if tokens is None else tokens
         batch, heads, m, dim = queries.shape
         if batch != layer.batch:
             raise ValueError(f"q must have batch {layer.batch} like the keys, got {batch}")
@@ -249,8 +258,8 @@ class KVCache:
             scale=scale,
             certify=certify and self._settings["certify"],
             with_certificate=certify,
-            thresholds=None if policy.threshold is None else self._thresholds(queries, scale),
-            mask=None if mask is None else arguments.key_mask(mask, batch, m, len(self)),
+            thresholds=None if policy.threshold is None else self._thresholds(queries, scale, n),
+            mask=None if mask is None else self._key_mask(mask, batch, m, n),
             **self._settings["rule"],
         )
         out = arguments.like(q, found[0])
@@ -260,13 +269,20 @@ class KVCache:
         bound = bound + arguments.output_rounding(q, found[0])
         return out, Certificate(bound, estimate, omitted, density, lse, work)
 
-    def _thresholds(self, queries: arguments.FloatArray, scale: float) -> NDArray[np.float64]:
+    def _key_mask(self, mask: Any, batch: int, m: int, n: int) -> NDArray[np.uint8]:
+        found = arguments.key_mask(mask, batch, m, n)
+        behind = len(self) - n
+        return np.pad(found, ((0, 0), (0, 0), (0, behind))) if behind > 0 else found
+
+    def _thresholds(
+        self, queries: arguments.FloatArray, scale: float, n: int
+    ) -> NDArray[np.float64]:
         rule = self.policy.threshold
         shape = queries.shape[:3]
         if callable(rule):
             key_rms = self._layer.key_rms()
             group = shape[1] // self._layer.kv_heads
-            rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), len(self), scale)
+            rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), n, scale)
         return arguments.attention_thresholds(rule, shape)
 
 

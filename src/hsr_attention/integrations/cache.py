@@ -137,7 +137,7 @@ class HSRCache(Cache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         if isinstance(layer, HSRLayer) and layer_idx != self._first:
-            found, expected = len(layer.rows), self.get_seq_length(self._first)
+            found, expected = layer.get_seq_length(), self.get_seq_length(self._first)
             if found != expected:
                 raise ValueError(
                     f"all layers of a cache must hold the same tokens, got {found} in layer "
