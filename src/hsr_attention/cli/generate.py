@@ -78,20 +78,21 @@ def run(
 
     Example: hsr generate --model smollm2 --essays 8000 --compare-dense
     """
-    from hsr_attention.evaluation import models
-
     wanted = options.policy(policy)
     options.writable(report, "--report")
-    text = options.text(prompt_file, essays)
-    source = models.find(model)
-    options.quiet_libraries()
-    options.set_threads(threads)
-    tokenizer = models.load_tokenizer(source)
-    ids = _ids(tokenizer, text, essays, max_prompt_tokens)
-    need = ids.shape[1] + max_new_tokens
-    reach = need if rope_scaling is not None and max_context is None else max_context
-    _check_context(models.load_config(source), ids.shape[1], max_new_tokens, reach)
-    loaded = models.load(model, dtype, reach, tokenizer)
+    loaded, ids = options.load_with_text(
+        model,
+        dtype,
+        prompt_file,
+        essays,
+        max_prompt_tokens,
+        max_new_tokens,
+        max_context,
+        threads,
+        shorten="--max-prompt-tokens",
+        extend=rope_scaling is not None,
+    )
+    tokenizer = loaded.tokenizer
     from hsr_attention.evaluation import comparison, generation
     from hsr_attention.evaluation.decode_statistics import summary
 
@@ -131,28 +132,6 @@ def run(
         _print(loaded, wanted, hsr, dense, found)
         if report is not None:
             console.out().print(f"Picture: {report}")
-
-
-def _ids(tokenizer: Any, text: str, essays: int | None, limit: int | None) -> Any:
-    from hsr_attention.evaluation import texts
-
-    limits = [x for x in (essays, limit) if x is not None]
-    return texts.token_ids(tokenizer, text, min(limits) if limits else None)
-
-
-def _check_context(config: Any, prompt: int, new: int, reach: int | None) -> None:
-    from hsr_attention.evaluation import models
-
-    context = models.context_length(config)
-    longest = None if context is None else max(context, reach or 0)
-    if longest is None or prompt + new <= longest:
-        return
-    shorter = f"--max-prompt-tokens {longest - new}, or " if longest > new else ""
-    raise InputError(
-        f"the prompt has {prompt} tokens and with {new} new ones needs {prompt + new}, but the "
-        f"model's context is {longest}: use {shorter}--max-context {prompt + new} (or "
-        "--rope-scaling yarn) to extend the model by YaRN"
-    )
 
 
 class _Screen:
