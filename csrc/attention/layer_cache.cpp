@@ -7,13 +7,20 @@
 #include "threads.h"
 
 namespace hsr {
+namespace {
 
-LayerCache::LayerCache(int batch, int kv_heads, int key_dim, int value_dim, Dtype dtype, bool sketch_values)
+// Rows of a prompt are dropped once they are coded; those of a single token are about to be read.
+constexpr size_t kManyBytes = 1u << 20;
+
+}  // namespace
+
+LayerCache::LayerCache(int batch, int kv_heads, int key_dim, int value_dim, Dtype dtype, bool sketch_values,
+                       const std::string& directory)
     : batch_(batch),
       kv_heads_(kv_heads),
       sketch_values_(sketch_values),
-      keys_(batch * kv_heads, key_dim, dtype),
-      values_(batch * kv_heads, value_dim, dtype),
+      keys_(batch * kv_heads, key_dim, dtype, directory),
+      values_(batch * kv_heads, value_dim, dtype, directory),
       key_sketches_(size_t(batch * kv_heads), KeySketch(key_dim)),
       value_sketches_(size_t(batch * kv_heads), ValueSketch(value_dim)),
       key_norms_(size_t(batch * kv_heads), 0.0),
@@ -32,7 +39,8 @@ void LayerCache::append(const TokenArray& keys, const TokenArray& values) {
         keys_.append(keys);
         values_.append(values);
         code_from(first);
-    } catch (...) {  // out of memory: as before, but for norms and ranges, which stay bounds
+        if ((size() - first) * (keys_.token_bytes() + values_.token_bytes()) >= kManyBytes) drop_pages();
+    } catch (...) {  // out of memory, or of disk: as before, but for norms and ranges, which stay bounds
         crop(first);
         throw;
     }
@@ -127,6 +135,11 @@ void LayerCache::crop(size_t size) {
     for (auto& sketch : value_sketches_) sketch.crop(coded());
 }
 
+void LayerCache::drop_pages() const {
+    keys_.drop_pages();
+    values_.drop_pages();
+}
+
 void LayerCache::reorder(const int64_t* sources, size_t count) {
     RowStore keys = keys_.reordered(sources, count, kv_heads_);
     RowStore values = values_.reordered(sources, count, kv_heads_);
@@ -157,6 +170,7 @@ void LayerCache::reorder(const int64_t* sources, size_t count) {
     key_norms_ = std::move(norms);
     key_squares_ = std::move(squares);
     batch_ = int(count);
+    drop_pages();
 }
 
 }  // namespace hsr

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hsr_attention.cli import console, options
+from hsr_attention.cli.bench_generate import bench_generate
 from hsr_attention.cli.bench_index import bench_index
+from hsr_attention.cli.bench_length import bench_length
+from hsr_attention.cli.bench_relu import bench_relu
+from hsr_attention.cli.bench_threads import bench_threads
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import SoftmaxPolicy
 
@@ -17,29 +19,22 @@ app = typer.Typer(
     help="Time of attention alone, checked before it is timed.", no_args_is_help=True
 )
 
-Shape = Annotated[
-    str, typer.Option("--shape", help="Synthetic heads: query heads/key heads x head_dim.")
-]
-
 
 @app.callback()
 def _root() -> None:
     pass
 
 
+app.command("generate")(bench_generate)
+app.command("length")(bench_length)
+app.command("relu")(bench_relu)
+app.command("threads")(bench_threads)
 app.command("index")(bench_index)
 
 
 @app.command()
 def decode(
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            "--keys",
-            help="Heads captured by hsr capture; without, heads are made up.",
-            show_default=False,
-        ),
-    ] = None,
+    keys: options.Keys = None,
     n: Annotated[
         int | None,
         typer.Option("--n", min=1, help="Keys.", show_default="all captured, or 32768"),
@@ -50,15 +45,13 @@ def decode(
     layers: Annotated[
         str | None, typer.Option("--layers", help="Numbers with commas.", show_default="all")
     ] = None,
-    shape: Shape = "9/3x64",
+    shape: options.Shape = "9/3x64",
     dtype: options.DtypeOption = options.Dtype.float32,
     policy: options.PolicyWords = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Alternations.")] = 15,
     threads: options.Threads = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the synthetic heads.")] = 0,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Write a picture (PNG).", show_default=False)
-    ] = None,
+    plot: options.Plot = None,
     json: options.Json = False,
 ) -> None:
     """Time decoding attention by layer against every dense path of torch.
@@ -69,22 +62,24 @@ def decode(
     if not isinstance(wanted, SoftmaxPolicy):
         raise InputError("hsr bench decode compares with softmax; --policy must not be relu")
     options.writable(plot, "--plot")
-    chosen = _numbers(layers)
-    heads_shape = _shape(shape)
+    chosen = None if layers is None else options.numbers(layers, "--layers")
+    heads_shape = options.shape(shape)
     from hsr_attention.evaluation import capture, decode_speed
 
-    if keys is None:
+    if not keys:
         options.set_threads(threads)
         n = n or 32768
         source = f"synthetic heads (made up, seed {seed})"
         heads = decode_speed.synthetic_heads(*heads_shape, n, str(dtype), seed=seed)
     else:
-        file = capture.open_heads(keys)
+        files = [capture.open_heads(path) for path in keys]
         options.set_threads(threads)
-        n = n or file.n
-        source = f"real heads captured from {file.metadata.get('model', 'a model')}"
-        source += f", {file.n:,} keys" + (f" repeated to {n:,}" if n > file.n else "")
-        heads = decode_speed.captured_heads(file, n, str(dtype), tile, chosen)
+        have = sum(file.n for file in files)
+        n = n or have
+        source = f"real heads captured from {files[-1].metadata.get('model', 'a model')}"
+        source += f", {have:,} keys" + (f" repeated to {n:,}" if n > have else "")
+        source += f" of {len(files)} documents" if len(files) > 1 else ""
+        heads = decode_speed.captured_heads(files, n, str(dtype), tile, chosen)
     with console.progress("steps") as bar:
         task = bar.add_task("check", total=len(heads) + rounds + 1)
         result = decode_speed.measure(
@@ -92,7 +87,7 @@ def decode(
         )
     result = {
         "source": source,
-        "synthetic": keys is None,
+        "synthetic": not keys,
         "n": n,
         "dtype": str(dtype),
         "policy": repr(wanted),
@@ -114,7 +109,7 @@ def decode(
 
 @app.command()
 def append(
-    shape: Shape = "9/3x64",
+    shape: options.Shape = "9/3x64",
     dtype: options.DtypeOption = options.Dtype.float32,
     small: Annotated[int, typer.Option("--small", min=1, help="Keys cached.")] = 1_000,
     large: Annotated[int, typer.Option("--large", min=1, help="Keys cached.")] = 100_000,
@@ -123,7 +118,7 @@ def append(
     json: options.Json = False,
 ) -> None:
     """Time appending one token to the cache of a layer that is short, and to a long one."""
-    _, kv_heads, head_dim = _shape(shape)
+    _, kv_heads, head_dim = options.shape(shape)
     from hsr_attention.evaluation import decode_speed
 
     options.set_threads(threads)
@@ -147,26 +142,6 @@ def append(
     title = f"One token, one layer, {kv_heads} key heads x {head_dim}, {dtype}"
     console.print_table(title, ["keys cached", "append"], rows)
     console.out().print(f"ratio {ratio:.2f}")
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
-    heads, kv_heads, head_dim = map(int, found.groups()) if found else (0, 0, 0)
-    if not (kv_heads and heads and heads % kv_heads == 0 and 1 <= head_dim <= 512):
-        raise InputError(
-            "--shape must be query heads/key heads x head_dim, such as 9/3x64 (heads a multiple "
-            f"of key heads, head_dim at most 512), got {text!r}"
-        )
-    return heads, kv_heads, head_dim
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        raise InputError(f"--layers must be numbers with commas, got {text!r}") from None
 
 
 def _print(title: str, result: dict[str, Any]) -> None:
