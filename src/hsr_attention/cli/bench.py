@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,16 +9,14 @@ import typer
 
 from hsr_attention.cli import console, options
 from hsr_attention.cli.bench_index import bench_index
+from hsr_attention.cli.bench_prefill import prefill
+from hsr_attention.cli.bench_scaling import scaling
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import SoftmaxPolicy
 
 app = typer.Typer(
     help="Time of attention alone, checked before it is timed.", no_args_is_help=True
 )
-
-Shape = Annotated[
-    str, typer.Option("--shape", help="Synthetic heads: query heads/key heads x head_dim.")
-]
 
 
 @app.callback()
@@ -28,6 +25,8 @@ def _root() -> None:
 
 
 app.command("index")(bench_index)
+app.command("prefill")(prefill)
+app.command("scaling")(scaling)
 
 
 @app.command()
@@ -47,10 +46,8 @@ def decode(
     tile: Annotated[
         bool, typer.Option("--tile", help="Repeat the captured keys where --n is larger.")
     ] = False,
-    layers: Annotated[
-        str | None, typer.Option("--layers", help="Numbers with commas.", show_default="all")
-    ] = None,
-    shape: Shape = "9/3x64",
+    layers: options.Layers = None,
+    shape: options.Shape = "9/3x64",
     dtype: options.DtypeOption = options.Dtype.float32,
     policy: options.PolicyWords = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Alternations.")] = 15,
@@ -69,8 +66,8 @@ def decode(
     if not isinstance(wanted, SoftmaxPolicy):
         raise InputError("hsr bench decode compares with softmax; --policy must not be relu")
     options.writable(plot, "--plot")
-    chosen = _numbers(layers)
-    heads_shape = _shape(shape)
+    chosen = options.layers(layers)
+    heads_shape = options.shape(shape)
     from hsr_attention.evaluation import capture, decode_speed
 
     if keys is None:
@@ -114,7 +111,7 @@ def decode(
 
 @app.command()
 def append(
-    shape: Shape = "9/3x64",
+    shape: options.Shape = "9/3x64",
     dtype: options.DtypeOption = options.Dtype.float32,
     small: Annotated[int, typer.Option("--small", min=1, help="Keys cached.")] = 1_000,
     large: Annotated[int, typer.Option("--large", min=1, help="Keys cached.")] = 100_000,
@@ -123,7 +120,7 @@ def append(
     json: options.Json = False,
 ) -> None:
     """Time appending one token to the cache of a layer that is short, and to a long one."""
-    _, kv_heads, head_dim = _shape(shape)
+    _, kv_heads, head_dim = options.shape(shape)
     from hsr_attention.evaluation import decode_speed
 
     options.set_threads(threads)
@@ -147,26 +144,6 @@ def append(
     title = f"One token, one layer, {kv_heads} key heads x {head_dim}, {dtype}"
     console.print_table(title, ["keys cached", "append"], rows)
     console.out().print(f"ratio {ratio:.2f}")
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
-    heads, kv_heads, head_dim = map(int, found.groups()) if found else (0, 0, 0)
-    if not (kv_heads and heads and heads % kv_heads == 0 and 1 <= head_dim <= 512):
-        raise InputError(
-            "--shape must be query heads/key heads x head_dim, such as 9/3x64 (heads a multiple "
-            f"of key heads, head_dim at most 512), got {text!r}"
-        )
-    return heads, kv_heads, head_dim
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        raise InputError(f"--layers must be numbers with commas, got {text!r}") from None
 
 
 def _print(title: str, result: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +60,12 @@ MaxContext = Annotated[
         help="Extend the model's context to this many tokens (YaRN).",
         show_default=False,
     ),
+]
+Shape = Annotated[
+    str, typer.Option("--shape", help="Synthetic heads: query heads/key heads x head_dim.")
+]
+Layers = Annotated[
+    str | None, typer.Option("--layers", help="Numbers with commas.", show_default="all")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Threads = Annotated[
@@ -136,6 +143,39 @@ def text(prompt_file: Path | None, essays: int | None) -> str:
     if (prompt_file is None) == (essays is None):
         raise InputError("give one of --prompt-file and --essays")
     return texts.essays() if prompt_file is None else texts.read_prompt(prompt_file)
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """Return query heads, key heads and head_dim of ``--shape``, such as 9/3x64."""
+    found = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
+    heads, kv_heads, head_dim = map(int, found.groups()) if found else (0, 0, 0)
+    if not (kv_heads and heads and heads % kv_heads == 0 and 1 <= head_dim <= 512):
+        raise InputError(
+            "--shape must be query heads/key heads x head_dim, such as 9/3x64 (heads a multiple "
+            f"of key heads, head_dim at most 512), got {text!r}"
+        )
+    return heads, kv_heads, head_dim
+
+
+def layers(text: str | None) -> list[int] | None:
+    """Return the numbers of ``--layers``, None for all."""
+    if text is None:
+        return None
+    try:
+        return sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        raise InputError(f"--layers must be numbers with commas, got {text!r}") from None
+
+
+def sizes(option: str, text: str) -> list[int]:
+    """Return increasing positive integers written as 2048,8192 or 1e3,1e4."""
+    try:
+        numbers = sorted({int(float(word)) for word in text.split(",")})
+    except (ValueError, OverflowError):
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        raise InputError(f"{option} must be positive numbers with commas, got {text!r}")
+    return numbers
 
 
 def set_threads(threads: int | None) -> int:
