@@ -74,6 +74,51 @@ def test_info(run):
     assert found["isa"] in ok(run("info"))
 
 
+@needs_torch
+def test_info_says_which_way_each_layer_goes(run, model):
+    found = json.loads(ok(run("info", "--model", model, "--json", "--dtype", "bfloat16")))
+    assert [layer["path"] for layer in found["layers"]] == ["sparse decode"] * 2
+    layer = found["layers"][1]
+    assert (layer["heads"], layer["kv_heads"], layer["head_dim"]) == (4, 2, 16)
+    assert layer["row_bytes"] == 2 * 2 * 16 * 2  # keys and values, 2 heads, 16, bfloat16
+    assert 2 * (16 + 8) < layer["code_bytes"] < layer["row_bytes"]
+    out = ok(run("info", "--model", model))
+    assert "0-1" in out and "sparse decode" in out
+    relu = ok(run("info", "--model", model, "--policy", "attention=relu", "--json"))
+    assert json.loads(relu)["layers"][0]["code_bytes"] < layer["code_bytes"]  # no value codes
+    refused(run("info", "--model", "nosuch"), "does not exist")
+
+
+@needs_torch
+def test_info_of_models_with_other_layers(run, tmp_path):
+    import transformers
+
+    settings = {
+        "vocab_size": 62,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
+    kinds = ["sliding_attention", "full_attention"] * 2
+    transformers.Gemma3TextConfig(**settings, layer_types=kinds, sliding_window=8).save_pretrained(
+        tmp_path / "gemma3"
+    )
+    found = json.loads(ok(run("info", "--model", tmp_path / "gemma3", "--json")))["layers"]
+    assert [layer["path"] for layer in found] == ["dense", "sparse decode"] * 2
+    assert "window of 8 keys" in found[0]["why"]
+    transformers.Gemma2Config(**settings).save_pretrained(tmp_path / "gemma2")
+    found = json.loads(ok(run("info", "--model", tmp_path / "gemma2", "--json")))["layers"]
+    assert [layer["path"] for layer in found] == ["refused"] * 4
+    assert "soft-capped logits" in found[0]["why"]
+    transformers.GptOssConfig(**settings, num_local_experts=2).save_pretrained(tmp_path / "oss")
+    found = json.loads(ok(run("info", "--model", tmp_path / "oss", "--json")))["layers"]
+    assert {layer["path"] for layer in found} == {"refused"}
+    assert "attention sinks" in found[0]["why"]
+
+
 def test_version_and_help(run):
     assert "hsr-attention" in ok(run("--version"))
     for command in ("info", "generate", "capture", "bench", "evaluate"):
@@ -440,3 +485,84 @@ def test_evaluate_perplexity(run, model, prompt):
     assert found["hsr"] == pytest.approx(found["dense"], rel=0.01)
     assert "perplexity, dense" in ok(run("evaluate", "perplexity", *arguments))
     refused(run("evaluate", "perplexity", *arguments[:-1], 200), "has 300 tokens")
+
+
+@needs_torch
+def test_generate_with_keys_and_values_on_disk(run, model, prompt, tmp_path):
+    arguments = ("generate", "--model", model, "--prompt-file", prompt, "--json")
+    arguments += ("--max-new-tokens", 8)
+    disk = (*arguments, "--storage", "disk", "--storage-directory", tmp_path)
+    memory, found = (json.loads(ok(run(*x))) for x in (arguments, disk))
+    assert found["hsr"]["tokens"] == memory["hsr"]["tokens"]
+    assert found["hsr"]["cache_bytes"] == memory["hsr"]["cache_bytes"]
+    assert found["hsr"]["cache_bytes"]["rows"] > found["hsr"]["cache_bytes"]["codes"] > 0
+    nowhere = ("--storage", "disk", "--storage-directory", tmp_path / "no")
+    refused(run(*arguments, *nowhere), "directory must be an existing directory")
+    refused(run(*arguments, "--storage-directory", tmp_path), "directory must be None")
+
+
+@needs_torch
+def test_bench_decode_on_several_documents(run, heads, tmp_path):
+    arguments = ("bench", "decode", "--keys", heads, "--keys", heads, "--rounds", 1, "--json")
+    single = json.loads(ok(run("bench", "decode", "--keys", heads, "--rounds", 1, "--json")))
+    found = json.loads(ok(run(*arguments)))
+    assert found["n"] == 2 * single["n"]
+    assert "2 documents" in found["source"]
+    assert found["total"]["violations"] == 0
+    refused(run(*arguments, "--n", 2 * single["n"] + 1), "several --keys")
+
+
+@needs_torch
+def test_bench_generate(run, model, prompt, tmp_path):
+    picture = tmp_path / "speed.png"
+    arguments = ("bench", "generate", "--model", model, "--prompt-file", prompt, "--rounds", 1)
+    arguments += ("--lengths", "64,200,300", "--policy", "epsilon=1e-9,exact=true")
+    found = json.loads(ok(run(*arguments, "--json", "--plot", picture)))
+    assert [row["n"] for row in found["lengths"]] == [64, 200, 300]
+    for row in found["lengths"]:
+        speeds = row["dense_tokens_per_second"]
+        kinds = ("DynamicCache", "StaticCache")
+        assert set(speeds) == {f"{a}, {c}" for a in ("sdpa", "eager") for c in kinds}
+        assert speeds[row["fastest_dense"]] == max(speeds.values())
+        assert row["speedup"] <= row["speedup_over_default"]
+        assert row["logprob_difference_mean"] < 1e-4
+        assert row["row_bytes"] == 2 * 2 * 2 * 16 * 4 * row["n"]
+    assert picture.stat().st_size > 10_000
+    assert "fastest dense" in ok(run(*arguments))
+    refused(run(*arguments, "--lengths", "64,301"), "the text has 300 tokens")
+    refused(run(*arguments, "--lengths", "x"), "--lengths must be numbers")
+
+
+@needs_torch
+def test_bench_length(run, heads, tmp_path):
+    picture = tmp_path / "length.png"
+    arguments = ("bench", "length", "--keys", heads, "--largest", 4096, "--rounds", 1)
+    found = json.loads(ok(run(*arguments, "--json", "--plot", picture)))
+    assert [row["n"] for row in found["lengths"]] == [1024, 2048, 4096]
+    for row in found["lengths"]:
+        assert row["relative_error"] < 0.1
+        # The scan alone reads the first plane: half a byte a coordinate, and 4 bytes.
+        assert row["scan_bytes"] == row["n"] * 2 * (16 / 2 + 4)
+        assert row["decode_bytes"] > row["scan_bytes"]
+    assert picture.stat().st_size > 10_000
+    out = ok(run("bench", "length", "--shape", "4/1x24", "--largest", 2048, "--no-dense"))
+    assert "made up" in out and "memory bandwidth" in out
+    refused(run(*arguments, "--layer", 9), "holds layers")
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_relu(run, dtype):
+    arguments = ("bench", "relu", "--n", 4096, "--rounds", 1, "--dtype", dtype)
+    found = json.loads(ok(run(*arguments, "--json")))
+    assert found["relative_error"] <= 2 * found["dense_relative_error"]
+    assert 0.2 < found["keys_kept"] / found["n_to_the_0.8"] < 1.5
+    assert "speed-up" in ok(run(*arguments))
+
+
+@needs_torch
+def test_bench_threads(run):
+    found = json.loads(ok(run("bench", "threads", "--n", 2000, "--rounds", 2, "--json")))
+    for name in ("matmul", "attend"):
+        assert 0.2 < found[name]["slowdown"] < 5  # a busy machine; the number is for quiet ones
+    assert "slowdown" in ok(run("bench", "threads", "--n", 500, "--rounds", 1))

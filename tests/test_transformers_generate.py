@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import hsr_attention as hsr  # noqa: E402
-from hsr_attention.integrations import attention  # noqa: E402
+from hsr_attention.integrations import decoding  # noqa: E402
 from hsr_attention.integrations.layer import HSRLayer  # noqa: E402
 
 pytestmark = pytest.mark.transformers
@@ -181,7 +181,7 @@ def test_padding_rows_are_finite(several, policy):
 @pytest.fixture(params=["sparse", "dense"])
 def several(request, monkeypatch):
     """Answer several new positions at once by reports, or by one dense pass as for few keys."""
-    monkeypatch.setattr(attention, "KEYS_PER_POSITION", 0 if request.param == "sparse" else 10**9)
+    monkeypatch.setattr(decoding, "KEYS_PER_POSITION", 0 if request.param == "sparse" else 10**9)
     return request.param
 
 

@@ -43,7 +43,7 @@ struct AttendWork {
     int64_t sketch_scored = 0, refined = 0, full_scored = 0, sketched = 0;
     int64_t scanned_four = 0, scanned_eight = 0, scanned_full = 0;  // tiles of queries by kind of scan
     int64_t skipped = 0, panels = 0;  // prompts: pairs in words of 64 keys without a kept one; panels unpacked
-    int64_t selected_again = 0;                                     // rule epsilon: repeated selections
+    int64_t selected_again = 0;       // rule epsilon: repeated selections
 };
 
 AttendWork attend(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries,

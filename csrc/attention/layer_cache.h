@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <shared_mutex>
+#include <string>
 #include <vector>
 
 #include "sketch/key_sketch.h"
@@ -13,7 +14,9 @@ namespace hsr {
 
 class LayerCache {
 public:
-    LayerCache(int batch, int kv_heads, int key_dim, int value_dim, Dtype dtype, bool sketch_values);
+    // Rows in memory, or in files in `directory`; codes always in memory.
+    LayerCache(int batch, int kv_heads, int key_dim, int value_dim, Dtype dtype, bool sketch_values,
+               const std::string& directory = "");
 
     int batch() const { return batch_; }
     int kv_heads() const { return kv_heads_; }
@@ -28,6 +31,8 @@ public:
 
     void append(const TokenArray& keys, const TokenArray& values);
     void crop(size_t size);  // size <= this->size()
+    // Rows in files: take their pages out of this process.
+    void drop_pages() const;
     // New batch row i is old row sources[i].
     void reorder(const int64_t* sources, size_t count);
 
@@ -43,7 +48,9 @@ public:
     std::shared_mutex& mutex() const { return mutex_; }
 
 private:
+    struct Piece;
     void code_from(size_t first);
+    void measure(int head, size_t first, size_t last, Piece& piece) const;
 
     mutable std::shared_mutex mutex_;
     int batch_, kv_heads_;

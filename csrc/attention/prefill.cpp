@@ -16,7 +16,10 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
 constexpr double kLog2e = 1.4426950408889634;
 constexpr size_t kPanelKeys = kPanelBlocks * kBlock;
-constexpr int kRowsAtOnce = 6;  // their logits over a panel stay in the first cache
+constexpr size_t kRowsAtOnce = kDenseRows;  // their logits over a panel stay in the first cache
+constexpr size_t kListRoom = kPanelKeys + 64;
+// Where rows keep more than this share of a panel, their weights meet its values as a dense product.
+constexpr double kDenseShare = 0.25;
 constexpr size_t kTileRows = 192;
 constexpr size_t kFewestRows = 24;  // below, the kernels of decoding do as well
 // Band of an 8-bit logit, in nats, above which weights from codes would leave the range of float32.
@@ -65,9 +68,16 @@ struct Row {
 
 struct Workspace {
     std::vector<uint8_t> codes;
-    std::vector<float> steps, logits, vectors, accumulators, kept, weights, dots;
-    std::vector<uint32_t> positions, exact_positions, exact_places;
+    std::vector<float> steps, logits, vectors, accumulators, kept, dots;
+    std::vector<uint32_t> exact_positions, exact_places;
     std::vector<double> excesses;
+    // What each of the rows at once keeps of a panel, for the sums over the values.
+    std::vector<uint32_t> position_lists;
+    std::vector<float> weight_lists, dense_weights;
+    size_t counts[kRowsAtOnce];
+    uint32_t* positions = nullptr;  // of the row in hand
+    float* weights = nullptr;
+    size_t* count = nullptr;
     std::vector<PanelQuery> queries;
     std::vector<Row> rows;
     CodedPanel panel{};
@@ -81,11 +91,20 @@ struct Workspace {
         logits.resize(kRowsAtOnce * kPanelKeys);
         vectors.resize(kTileRows * size_t(padded16(dim)));
         accumulators.resize(kTileRows * size_t(padded16(value_dim)));
-        for (auto* list : {&kept, &weights, &dots}) list->resize(kPanelKeys + 64);
-        for (auto* list : {&positions, &exact_positions, &exact_places}) list->resize(kPanelKeys + 64);
-        excesses.resize(kPanelKeys + 64);
+        for (auto* list : {&kept, &dots}) list->resize(kListRoom);
+        for (auto* list : {&exact_positions, &exact_places}) list->resize(kListRoom);
+        position_lists.resize(kRowsAtOnce * kListRoom);
+        weight_lists.resize(kRowsAtOnce * kListRoom);
+        dense_weights.resize(kPanelKeys * kDenseStride);
+        excesses.resize(kListRoom);
         queries.resize(kTileRows);
         rows.resize(kTileRows);
+    }
+    void take(size_t slot) {
+        positions = position_lists.data() + slot * kListRoom;
+        weights = weight_lists.data() + slot * kListRoom;
+        count = counts + slot;
+        *count = 0;
     }
 };
 
@@ -229,11 +248,13 @@ private:
     // The newest keys, and the uncoded ones: 1 to 16 of them.
     void own_block(Workspace& space, size_t i, int head) {
         Row& row = space.rows[i];
+        space.take(0);
         size_t count = 0;
         for (size_t key = row.blocks * kBlock; key < size_t(row.visible); ++key)
             if (!row.mask || row.mask[key]) space.positions[count++] = uint32_t(key);
         if (!count) return;
         add_exact(space, i, head, count);
+        accumulate(space, i, head, 0);
     }
 
     // Masses become relative to 2^reference.
@@ -265,19 +286,19 @@ private:
         if (exact_rule()) {
             count = keep_exact(space, i, head, count);
         } else {
-            exact_logits(space, i, head, space.positions.data(), count, space.kept.data());
+            exact_logits(space, i, head, space.positions, count, space.kept.data());
         }
         if (!count) return;
         if (relu()) {
             weigh_excesses(space, i, count);
         } else {
             lift_reference(space, i, count);
-            const double mass = kernels().weigh(space.kept.data(), count, float(row.reference), space.weights.data());
+            const double mass = kernels().weigh(space.kept.data(), count, float(row.reference), space.weights);
             row.mass += mass;
             row.sure += mass;
         }
         row.kept += int64_t(count);
-        accumulate(space, i, head, count);
+        *space.count = count;
     }
 
     // Weights are relative to the power of the largest excess so far, so that none leaves float32.
@@ -308,7 +329,7 @@ private:
     size_t keep_exact(Workspace& space, size_t i, int head, size_t count) {
         Row& row = space.rows[i];
         const RowStore& rows = cache_.keys();
-        kernels().dot_rows64(rows.dtype(), rows.row(0, head), rows.token_bytes(), space.positions.data(), count,
+        kernels().dot_rows64(rows.dtype(), rows.row(0, head), rows.token_bytes(), space.positions, count,
                              vector(space, i), dim_, space.excesses.data());
         row.exact += int64_t(count);
         row.candidates += int64_t(count);
@@ -334,10 +355,26 @@ private:
         if (double(top) > space.rows[i].reference + 24.0) raise_reference(space, i, top);
     }
 
-    void accumulate(Workspace& space, size_t i, int head, size_t count) {
+    void accumulate(Workspace& space, size_t i, int head, size_t slot) {
         const RowStore& rows = cache_.values();
-        kernels().accumulate_rows(rows.dtype(), rows.row(0, head), rows.token_bytes(), space.positions.data(),
-                                  space.weights.data(), count, value_dim_, accumulator(space, i));
+        kernels().accumulate_rows(
+            rows.dtype(), rows.row(0, head), rows.token_bytes(), space.position_lists.data() + slot * kListRoom,
+            space.weight_lists.data() + slot * kListRoom, space.counts[slot], value_dim_, accumulator(space, i));
+    }
+
+    // The values of a panel's keys, for rows that keep much of it.
+    void accumulate_dense(Workspace& space, size_t i, int head, size_t first, size_t count) {
+        std::fill_n(space.dense_weights.data(), count * kDenseStride, 0.0f);
+        for (size_t slot = 0; slot < kRowsAtOnce; ++slot) {
+            const uint32_t* positions = space.position_lists.data() + slot * kListRoom;
+            const float* weights = space.weight_lists.data() + slot * kListRoom;
+            for (size_t k = 0; k < space.counts[slot]; ++k)
+                space.dense_weights[(positions[k] - first) * kDenseStride + slot] = weights[k];
+        }
+        const RowStore& rows = cache_.values();
+        kernels().accumulate_dense(rows.dtype(), rows.row(first, head), rows.token_bytes(), count,
+                                   space.dense_weights.data(), value_dim_, accumulator(space, i),
+                                   size_t(padded16(value_dim_)));
     }
 
     // ---- a panel of keys for all rows of a tile
@@ -362,7 +399,9 @@ private:
             const size_t words = (most + 3) / 4;
             kernels().score_panel(&space.panel, dim_, words, &space.queries[at], int(here), space.logits.data(),
                                   kPanelKeys);
+            size_t kept = 0;
             for (size_t i = at; i < at + here; ++i) {
+                space.take(i - at);
                 if (space.rows[i].blocks <= first) continue;
                 const size_t own = std::min(space.rows[i].blocks - first, kPanelBlocks) * kBlock;
                 float* logits = space.logits.data() + (i - at) * kPanelKeys;
@@ -370,7 +409,12 @@ private:
                 if (space.rows[i].mask) kernels().hide_masked(space.rows[i].mask + first * kBlock, own, logits);
                 scored += int64_t(own);
                 skipped += select(space, i, head, first * kBlock, own, logits, remaining);
+                kept += *space.count;
             }
+            if (here == kRowsAtOnce && double(kept) > kDenseShare * double(here * most * kBlock))
+                accumulate_dense(space, at, head, first * kBlock, most * kBlock);
+            else
+                for (size_t i = at; i < at + here; ++i) accumulate(space, i, head, i - at);
         }
         scored_ += scored;
         skipped_ += skipped;
@@ -403,13 +447,19 @@ private:
         }
     }
 
+    // The mass of a row in the end: of what is to come, what no single key of the sample holds.
+    double likely_mass(const Row& row, double remaining) const {
+        const double sampled = row.curve_top == -kInf ? 0.0 : double(row.curve[1]);
+        return std::max(row.mass + remaining * double(row.blocks) / double(kSampleBlocks) * sampled, 1e-300);
+    }
+
     // A threshold that is likely to use up the allowed omitted mass evenly over the keys that remain.
     double guess(const Row& row, double remaining, double off) const {
         if (row.curve_top == -kInf) return -double(kInf);
         // A sampled key stands for this many of the remaining ones.
         const double each = remaining * double(row.blocks) / double(kSampleBlocks);
-        // Of mass not seen yet, count what no single key holds, and only while little has been seen.
-        const double mass = row.mass + (remaining > 0.99 ? each * double(row.curve[1]) : 0.0);
+        // Mass that is only likely is counted while little has been seen.
+        const double mass = remaining > 0.99 ? likely_mass(row, remaining) : row.mass;
         const double allowed = (kAim * budget_ * mass - row.omitted) / (each * (1 + off));
         if (!(allowed > 0)) return double(row.curve_top) - kCurve;
         int j = 0;
@@ -453,7 +503,7 @@ private:
         for (int tries = 0;; ++tries) {
             if (settings_.rule == Rule::threshold) threshold = std::min(threshold, row.threshold);
             found = kernels().select_row(logits, count, float(threshold), float(row.reference), uint32_t(first),
-                                         space.positions.data(), space.kept.data(), &omitted, &skipped);
+                                         space.positions, space.kept.data(), &omitted, &skipped);
             const double left = row.omitted + double(omitted) * factor;
             if (left <= budget_ * kSpend * row.surely()) break;
             // The keys kept here add to the mass that the omitted share is taken of.
@@ -465,8 +515,8 @@ private:
                     --tries;
                     continue;
                 }
-                mass += kernels().weigh(space.kept.data(), found, float(row.reference), space.weights.data()) /
-                        (1 + off) * 0.9999;
+                mass +=
+                    kernels().weigh(space.kept.data(), found, float(row.reference), space.weights) / (1 + off) * 0.9999;
             }
             if (left <= budget_ * kSpend * mass || threshold == -double(kInf)) break;
             ++again_;
@@ -475,26 +525,26 @@ private:
                 tries < 3 && room > 0 ? threshold - 1.0 - quick_log2(double(omitted) * factor / room) : -double(kInf);
         }
         row.omitted += double(omitted) * factor;
-        if (found) add(space, i, head, found, off);
+        if (found) add(space, i, head, found, off, remaining);
         return int64_t(skipped) * 64;
     }
 
     // The keys in space.positions, with estimates in space.kept: large shares of the mass get their weight from
     // full-precision rows, the others from the estimate, off by at most the share `off`. All values are read in full.
-    void add(Workspace& space, size_t i, int head, size_t found, double off) {
+    void add(Workspace& space, size_t i, int head, size_t found, double off, double remaining) {
         if (!settings_.sketch_tail) return add_exact(space, i, head, found);
         Row& row = space.rows[i];
         const double from = settings_.rule == Rule::threshold
                                 ? row.threshold
-                                : row.reference + quick_log2(settings_.exact_share * std::max(row.mass, 1e-300));
-        const size_t exact = kernels().places_from(space.kept.data(), found, float(from), space.positions.data(),
+                                : row.reference + quick_log2(settings_.exact_share * likely_mass(row, remaining));
+        const size_t exact = kernels().places_from(space.kept.data(), found, float(from), space.positions,
                                                    space.exact_places.data(), space.exact_positions.data());
         if (exact) {
             exact_logits(space, i, head, space.exact_positions.data(), exact, space.dots.data());
             for (size_t k = 0; k < exact; ++k) space.kept[space.exact_places[k]] = space.dots[k];
         }
         lift_reference(space, i, found);
-        const double all = kernels().weigh(space.kept.data(), found, float(row.reference), space.weights.data());
+        const double all = kernels().weigh(space.kept.data(), found, float(row.reference), space.weights);
         double exact_mass = 0;
         for (size_t k = 0; k < exact; ++k) exact_mass += double(space.weights[space.exact_places[k]]);
         row.mass += all;
@@ -506,7 +556,7 @@ private:
         }
         row.kept += int64_t(found);
         row.sketched += int64_t(found - exact);
-        accumulate(space, i, head, found);
+        *space.count = found;
     }
 
     int64_t select_by_threshold(Workspace& space, size_t i, int head, size_t first, size_t count, const float* logits,
@@ -522,7 +572,7 @@ private:
         uint32_t skipped;
         const size_t found =
             kernels().select_row(logits, count, threshold, relu() ? kInf : float(row.reference), uint32_t(first),
-                                 space.positions.data(), space.kept.data(), &omitted, &skipped);
+                                 space.positions, space.kept.data(), &omitted, &skipped);
         if (!relu()) row.omitted += double(omitted) * (1 + expm1_above(wide / kLog2e)) * kSumExcess;
         if (found) add_exact(space, i, head, found);
         return int64_t(skipped) * 64;

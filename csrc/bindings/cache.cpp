@@ -77,6 +77,7 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
         call.visible = visible ? visible->data() : newest.data();
         work = prefill_serves(self, settings, call) ? prefill(self, settings, call, result)
                                                     : attend(self, settings, call, result);
+        self.drop_pages();
     }
     auto answer = own(std::move(out), {batch, heads, m, dim});
     if (!with_certificate) return nb::make_tuple(answer);
@@ -104,6 +105,7 @@ nb::object rows_view(const LayerCache& cache, bool keys) {
         lock.lock();
     }
     const RowStore& store = keys ? cache.keys() : cache.values();
+    store.read_in_order();
     const int batch = cache.batch();
     auto* held = new std::shared_ptr<const Buffer>(store.share());
     nb::capsule owner(held, [](void* p) noexcept { delete static_cast<std::shared_ptr<const Buffer>*>(p); });
@@ -122,10 +124,11 @@ void init_cache(nb::module_& m) {
     nb::class_<LayerCache>(m, "LayerCache")
         .def(
             "__init__",
-            [](LayerCache* self, int batch, int kv_heads, int key_dim, int value_dim, int dtype, bool sketch_values) {
-                new (self) LayerCache(batch, kv_heads, key_dim, value_dim, Dtype(dtype), sketch_values);
+            [](LayerCache* self, int batch, int kv_heads, int key_dim, int value_dim, int dtype, bool sketch_values,
+               const std::string& directory) {
+                new (self) LayerCache(batch, kv_heads, key_dim, value_dim, Dtype(dtype), sketch_values, directory);
             },
-            "batch"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "dtype"_a, "sketch_values"_a)
+            "batch"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "dtype"_a, "sketch_values"_a, "directory"_a)
         .def_prop_ro("batch", &LayerCache::batch)
         .def_prop_ro("kv_heads", &LayerCache::kv_heads)
         .def_prop_ro("key_dim", &LayerCache::key_dim)

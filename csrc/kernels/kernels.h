@@ -91,7 +91,8 @@ struct SelectionSums {
 // A panel of keys for many queries: joined 8-bit codes [word of 64 keys][4 dimensions][block][64 bytes], their steps,
 // and the largest residual8 and step among them.
 constexpr size_t kPanelBlocks = 32;
-constexpr int kCurve = 16;  // points of the curve of a sample's mass, a factor of two apart
+constexpr int kDenseRows = 6, kDenseStride = 8;  // queries whose weights [key][kDenseStride] meet values as a matrix
+constexpr int kCurve = 16;                       // points of the curve of a sample's mass, a factor of two apart
 struct CodedPanel {
     uint8_t* codes;  // [kPanelBlocks * 16 * padded8(dim)]
     float* steps;    // [kPanelBlocks * 16]
@@ -175,6 +176,8 @@ struct Kernels {
                           uint32_t* chosen);
     void (*accumulate_rows)(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, const float* weights,
                             size_t count, int dim, float* accumulator);
+    void (*accumulate_dense)(Dtype dtype, const void* rows, size_t stride, size_t count, const float* weights, int dim,
+                             float* accumulators, size_t accumulator_stride);
     void (*dot_rows)(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, size_t count,
                      const float* query, int dim, float scale, float* out);
     void (*dot_rows64)(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, size_t count,

@@ -47,15 +47,13 @@ void rotate(const float* matrix, int dim, const float* x, size_t count, float* y
 
 // ------------------------------------------------------------------ coding
 
-inline double squares(f32x16 r) {
+inline void add_squares(f64x8& sum, f32x16 r) {
     f32x8 halves[2];
     __builtin_memcpy(halves, &r, 64);
     const f64x8 a = __builtin_convertvector(halves[0], f64x8), b = __builtin_convertvector(halves[1], f64x8);
-    const f64x8 s = a * a + b * b;
-    double sum = 0;
-    for (int i = 0; i < 8; ++i) sum += s[i];
-    return sum;
+    sum += a * a + b * b;
 }
+inline double sum_of(f64x8 s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])); }
 
 inline i32x16 lanes_below(int count) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -81,7 +79,8 @@ void code_keys(int dim, const float* y, const double* norms, double relative_sla
             for (int at = 0; at < wide; at += 16) top = max_of(top, abs_of(load<f32x16>(y + at)));
             step_bits = bfloat16_up(max_of_lanes(top) * (1.000001f / 127.5f));
             const float step = bfloat16_value(step_bits), inverse = 1.0f / step;
-            double sum4 = 0, sum8 = 0;
+            f64x8 sum4 = {}, sum8 = {};
+            alignas(64) uint8_t codes[kMaxHeadDim];
             for (int at = 0; at < wide; at += 16) {
                 const f32x16 v = load<f32x16>(y + at);
                 i32x16 code = __builtin_convertvector(v * inverse + 128.0f, i32x16);
@@ -90,22 +89,24 @@ void code_keys(int dim, const float* y, const double* norms, double relative_sla
                 const i32x16 h = code >> 4, inside = lanes_below(dim - at);
                 const f32x16 r8 = v - step * (to_float16lanes(code) - 127.5f);
                 const f32x16 r4 = v - step * (16.0f * (to_float16lanes(h) - 7.5f));
-                sum8 += squares(inside ? r8 : f32x16{});
-                sum4 += squares(inside ? r4 : f32x16{});
-                int32_t codes[16];
-                store(codes, code);
-                for (int j = 0; j < 16 && at + j < eight; ++j) {
-                    const int dimension = at + j;
-                    const size_t place = size_t(dimension / 8) * 64 + key * 4 + dimension % 4;
-                    const int shift = dimension % 8 < 4 ? 0 : 4;
-                    high[place] |= uint8_t((codes[j] >> 4) << shift);
-                    low[place] |= uint8_t((codes[j] & 15) << shift);
-                }
+                add_squares(sum8, inside ? r8 : f32x16{});
+                add_squares(sum4, inside ? r4 : f32x16{});
+                store(codes + at, __builtin_convertvector(code, u8x16));
+            }
+            // Four dimensions at once: the low nibbles of a plane's word, then the high ones.
+            for (int p = 0; p < eight / 8; ++p) {
+                uint32_t first, second;
+                __builtin_memcpy(&first, codes + 8 * p, 4);
+                __builtin_memcpy(&second, codes + 8 * p + 4, 4);
+                const uint32_t h = ((first >> 4) & 0x0f0f0f0fu) | (second & 0xf0f0f0f0u),
+                               l = (first & 0x0f0f0f0fu) | ((second << 4) & 0xf0f0f0f0u);
+                __builtin_memcpy(high + p * 64 + key * 4, &h, 4);
+                __builtin_memcpy(low + p * 64 + key * 4, &l, 4);
             }
             // The slack covers the rounding of the rotation and of the residuals themselves.
             const double slack = relative_slack * norm + 1e-36;
-            residual4 = bfloat16_up(float((__builtin_sqrt(sum4) + slack + kQueryShare * norm) * 1.000001));
-            residual8 = bfloat16_up(float((__builtin_sqrt(sum8) + slack) * 1.000001));
+            residual4 = bfloat16_up(float((__builtin_sqrt(sum_of(sum4)) + slack + kQueryShare * norm) * 1.000001));
+            residual8 = bfloat16_up(float((__builtin_sqrt(sum_of(sum8)) + slack) * 1.000001));
         }
         __builtin_memcpy(high + bytes + 2 * key, &step_bits, 2);
         __builtin_memcpy(high + bytes + 32 + 2 * key, &residual4, 2);
@@ -116,12 +117,15 @@ void code_keys(int dim, const float* y, const double* norms, double relative_sla
 void code_value(int dim, const float* value, uint8_t* row, uint8_t* parameters) {
     for (int first = 0; first < dim; first += kValueGroup, row += 16, parameters += 64) {
         const int size = dim - first < kValueGroup ? dim - first : kValueGroup;
-        float least = value[first], most = least;
-        for (int i = 1; i < size; ++i) {
-            const float v = value[first + i];
-            least = v < least ? v : least;
-            most = v > most ? v : most;
+        f32x16 x[2];  // a group that is not full goes on with its first coordinate
+        if (size == kValueGroup) {
+            for (int h = 0; h < 2; ++h) x[h] = load<f32x16>(value + first + 16 * h);
+        } else {
+            float padded[kValueGroup];
+            for (int i = 0; i < kValueGroup; ++i) padded[i] = value[first + (i < size ? i : 0)];
+            for (int h = 0; h < 2; ++h) x[h] = load<f32x16>(padded + 16 * h);
         }
+        const float least = -max_of_lanes(max_of(-x[0], -x[1])), most = max_of_lanes(max_of(x[0], x[1]));
         // Largest bfloat16 <= least: truncation moves towards zero, so negative values step once more.
         uint32_t bits;
         __builtin_memcpy(&bits, &least, 4);
@@ -132,12 +136,13 @@ void code_value(int dim, const float* value, uint8_t* row, uint8_t* parameters) 
         const bool tiny = span < 1e-34f;  // 1 / step would overflow: code 0, half a step covers it
         const uint16_t step_bits = bfloat16_up(span * (tiny ? 2.0f : 1.000001f / 15.0f));
         const float step = bfloat16_value(step_bits), inverse = tiny ? 0.0f : 1.0f / step;
-        for (int i = 0; i < 16; ++i) row[i] = 0;
-        for (int i = 0; i < size; ++i) {
-            int code = int((value[first + i] - offset) * inverse + 0.5f);
-            code = code < 0 ? 0 : code > 15 ? 15 : code;
-            row[i % 16] |= uint8_t(code << (i < 16 ? 0 : 4));
+        i32x16 code[2];
+        for (int h = 0; h < 2; ++h) {
+            code[h] = __builtin_convertvector((x[h] - offset) * inverse + 0.5f, i32x16);
+            code[h] = code[h] < 0 ? i32x16{} : code[h] > 15 ? splat(15) : code[h];
+            if (size < kValueGroup) code[h] = lanes_below(size - 16 * h) ? code[h] : i32x16{};
         }
+        store(row, __builtin_convertvector(code[0] | (code[1] << 4), u8x16));
         __builtin_memcpy(parameters, &step_bits, 2);
         __builtin_memcpy(parameters + 32, &offset_bits, 2);
     }
@@ -674,6 +679,7 @@ const Kernels& table() {
                                 mass_curve,
                                 places_from,
                                 accumulate_rows,
+                                accumulate_dense,
                                 dot_rows,
                                 dot_rows64,
                                 hide_masked};

@@ -208,21 +208,22 @@ size_t places_from(const float* x, size_t count, float from, const uint32_t* pos
     return found;
 }
 
+constexpr size_t kSumPiece = 64;  // float32 sums start afresh after so many keys: long chains round more
+
 // accumulator += sum of weights[i] * row keys[i], for 16 * Wide coordinates. Several short chains are quicker than one,
 // and they round less.
 template <Dtype Type, int Wide, bool Part>
 inline void accumulate_strip(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
                              size_t count, int at, int lanes, float* accumulator) {
     constexpr int kChains = 4;
-    constexpr size_t kPiece = 64;
     const auto part = [&](size_t i, int j) {
         const uint8_t* row = rows + keys[i] * stride;
         return weights[i] * (Part ? load_row_part(Type, row, at, lanes) : load_row(Type, row, at + 16 * j));
     };
     f32x16 total[Wide];
     for (int j = 0; j < Wide; ++j) total[j] = load<f32x16>(accumulator + at + 16 * j);
-    for (size_t first = 0; first < count; first += kPiece) {
-        const size_t end = first + kPiece < count ? first + kPiece : count;
+    for (size_t first = 0; first < count; first += kSumPiece) {
+        const size_t end = first + kSumPiece < count ? first + kSumPiece : count;
         f32x16 sum[kChains][Wide] = {};
         size_t i = first;
         for (; i + kChains <= end; i += kChains)
@@ -256,6 +257,68 @@ void accumulate_rows(Dtype dtype, const void* rows, size_t stride, const uint32_
         case Dtype::bfloat16:
             return accumulate_typed<Dtype::bfloat16>(from, stride, keys, weights, count, dim, accumulator);
         default: return accumulate_typed<Dtype::float16>(from, stride, keys, weights, count, dim, accumulator);
+    }
+}
+
+#if defined(__AVX512VNNI__)
+constexpr int kDenseAtOnce = kDenseRows, kDenseWide = 4;
+#else
+constexpr int kDenseAtOnce = kDenseRows / 2, kDenseWide = 1;
+#endif
+
+template <Dtype Type, int Wide, bool Part>
+inline void accumulate_dense_strip(const uint8_t* rows, size_t stride, size_t count, const float* weights, int at,
+                                   int lanes, float* accumulators, size_t accumulator_stride) {
+    for (size_t first = 0; first < count; first += kSumPiece) {
+        const size_t end = first + kSumPiece < count ? first + kSumPiece : count;
+        f32x16 sum[kDenseAtOnce][Wide] = {};
+        for (size_t i = first; i < end; ++i, rows += stride, weights += kDenseStride) {
+            f32x16 value[Wide];
+            for (int j = 0; j < Wide; ++j)
+                value[j] = Part ? load_row_part(Type, rows, at, lanes) : load_row(Type, rows, at + 16 * j);
+            for (int q = 0; q < kDenseAtOnce; ++q)
+                for (int j = 0; j < Wide; ++j) sum[q][j] += weights[q] * value[j];
+        }
+        for (int q = 0; q < kDenseAtOnce; ++q)
+            for (int j = 0; j < Wide; ++j) {
+                float* to = accumulators + q * accumulator_stride + at + 16 * j;
+                store(to, load<f32x16>(to) + sum[q][j]);
+            }
+    }
+}
+
+template <Dtype Type>
+inline void accumulate_dense_typed(const uint8_t* rows, size_t stride, size_t count, const float* weights, int dim,
+                                   float* accumulators, size_t accumulator_stride) {
+    for (int q = 0; q < kDenseRows;
+         q += kDenseAtOnce, weights += kDenseAtOnce, accumulators += kDenseAtOnce * accumulator_stride) {
+        int at = 0;
+        for (; at + 16 * kDenseWide <= dim; at += 16 * kDenseWide)
+            accumulate_dense_strip<Type, kDenseWide, false>(rows, stride, count, weights, at, 16, accumulators,
+                                                            accumulator_stride);
+        for (; at + 16 <= dim; at += 16)
+            accumulate_dense_strip<Type, 1, false>(rows, stride, count, weights, at, 16, accumulators,
+                                                   accumulator_stride);
+        if (at < dim)
+            accumulate_dense_strip<Type, 1, true>(rows, stride, count, weights, at, dim - at, accumulators,
+                                                  accumulator_stride);
+    }
+}
+
+// accumulators[q] += sum of weights[i][q] * row i, for kDenseRows queries
+void accumulate_dense(Dtype dtype, const void* rows, size_t stride, size_t count, const float* weights, int dim,
+                      float* accumulators, size_t accumulator_stride) {
+    const uint8_t* from = (const uint8_t*)rows;
+    switch (dtype) {
+        case Dtype::float32:
+            return accumulate_dense_typed<Dtype::float32>(from, stride, count, weights, dim, accumulators,
+                                                          accumulator_stride);
+        case Dtype::bfloat16:
+            return accumulate_dense_typed<Dtype::bfloat16>(from, stride, count, weights, dim, accumulators,
+                                                           accumulator_stride);
+        default:
+            return accumulate_dense_typed<Dtype::float16>(from, stride, count, weights, dim, accumulators,
+                                                          accumulator_stride);
     }
 }
 

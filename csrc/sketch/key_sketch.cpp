@@ -5,11 +5,7 @@
 
 namespace hsr {
 
-double norm_of(const float* x, int dim) {
-    double sum = 0;
-    for (int i = 0; i < dim; ++i) sum += double(x[i]) * x[i];
-    return std::sqrt(sum);
-}
+double norm_of(const float* x, int dim) { return std::sqrt(kernels().dot64(Dtype::float32, x, x, dim)); }
 
 void KeySketch::set_centre(const RowStore& rows, int head) {
     std::vector<double> sum(size_t(dim_), 0.0);
@@ -26,7 +22,7 @@ void KeySketch::set_centre(const RowStore& rows, int head) {
     blocks_ = 0;
 }
 
-void KeySketch::code_block(const RowStore& rows, int head, size_t block) {
+void KeySketch::code_block(const RowStore& rows, int head, size_t block, CodedRange& range) {
     float row[kMaxHeadDim];
     alignas(64) float rotated[kBlock * kMaxHeadDim];
     double norms[kBlock];
@@ -35,7 +31,7 @@ void KeySketch::code_block(const RowStore& rows, int head, size_t block) {
         kernels().to_float(rows.dtype(), rows.row(block * kBlock + size_t(key), head), row, size_t(dim_));
         for (int i = 0; i < dim_; ++i) row[i] -= centre_[size_t(i)];
         norms[key] = norm_of(row, dim_);
-        if (norms[key] <= 1e30) largest_norm_ = std::max(largest_norm_, norms[key]);
+        if (norms[key] <= 1e30) range.largest_norm = std::max(range.largest_norm, norms[key]);
         kernels().rotate(rotation_->matrix.data(), dim_, row, 1, rotated + key * wide);
     }
     kernels().code_keys(dim_, rotated, norms, rotation_->relative_slack, high_.data() + block * high_stride(dim_),
@@ -46,20 +42,44 @@ void KeySketch::code_block(const RowStore& rows, int head, size_t block) {
     std::memcpy(residuals4, parameters + sizeof steps, sizeof residuals4);
     std::memcpy(residuals8, low_.data() + block * low_stride(dim_) + code_bytes(dim_), sizeof residuals8);
     for (int key = 0; key < kBlock; ++key) {
-        extent_.step = std::max(extent_.step, bfloat16_to_float(steps[key]));
-        extent_.residual4 = std::max(extent_.residual4, bfloat16_to_float(residuals4[key]));
-        extent_.residual8 = std::max(extent_.residual8, bfloat16_to_float(residuals8[key]));
-        extent_.residual4_sum += bfloat16_to_float(residuals4[key]);
+        Extent& extent = range.extent;
+        extent.step = std::max(extent.step, bfloat16_to_float(steps[key]));
+        extent.residual4 = std::max(extent.residual4, bfloat16_to_float(residuals4[key]));
+        extent.residual8 = std::max(extent.residual8, bfloat16_to_float(residuals8[key]));
+        extent.residual4_sum += bfloat16_to_float(residuals4[key]);
+    }
+}
+
+void KeySketch::reserve(size_t keys) {
+    high_.reserve(keys / kBlock * high_stride(dim_));
+    low_.reserve(keys / kBlock * low_stride(dim_));
+}
+
+KeySketch::CodedRange KeySketch::code_blocks(const RowStore& rows, int head, size_t first, size_t last) {
+    CodedRange range;
+    for (size_t block = first; block < last; ++block) code_block(rows, head, block, range);
+    return range;
+}
+
+void KeySketch::coded_until(size_t blocks, const CodedRange* ranges, size_t count) {
+    blocks_ = blocks;
+    for (size_t i = 0; i < count; ++i) {
+        const Extent& extent = ranges[i].extent;
+        extent_.step = std::max(extent_.step, extent.step);
+        extent_.residual4 = std::max(extent_.residual4, extent.residual4);
+        extent_.residual8 = std::max(extent_.residual8, extent.residual8);
+        extent_.residual4_sum += extent.residual4_sum;
+        largest_norm_ = std::max(largest_norm_, ranges[i].largest_norm);
     }
 }
 
 void KeySketch::code(const RowStore& rows, int head) {
     const size_t complete = rows.size() / kBlock;
     if (complete == 0) return;
-    if (centred_at_ == 0 || (rows.size() >= 4 * centred_at_ && centred_at_ < 16384)) set_centre(rows, head);
-    high_.reserve(complete * high_stride(dim_));
-    low_.reserve(complete * low_stride(dim_));
-    for (; blocks_ < complete; ++blocks_) code_block(rows, head, blocks_);
+    if (wants_centre(rows.size())) set_centre(rows, head);
+    reserve(rows.size());
+    const CodedRange range = code_blocks(rows, head, blocks_, complete);
+    coded_until(complete, &range, 1);
 }
 
 void KeySketch::crop(size_t keys) { blocks_ = std::min(blocks_, keys / kBlock); }

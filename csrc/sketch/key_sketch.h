@@ -31,16 +31,29 @@ public:
         double residual4_sum = 0;
     };
     const Extent& extent() const { return extent_; }
+    // What coding some blocks adds to that.
+    struct CodedRange {
+        Extent extent;
+        double largest_norm = 0;
+    };
 
-    // Code every complete block of head `head` that is not coded yet. The centre is the mean of the keys
-    // when coding starts, and is taken anew (everything coded again) when their number has grown
-    // fourfold, up to 16,384: later means move little, and any centre is a right one.
+    // The centre is the mean of the keys when coding starts, and is taken anew (everything coded again) when their
+    // number has grown fourfold, up to 16,384: later means move little, and any centre is a right one.
+    bool wants_centre(size_t keys) const {
+        return keys >= kBlock && (centred_at_ == 0 || (keys >= 4 * centred_at_ && centred_at_ < 16384));
+    }
+    void set_centre(const RowStore& rows, int head);
+    // Make room for the complete blocks among `keys` keys; code_blocks may then run for parts of them at once, and
+    // `coded_until` ends it.
+    void reserve(size_t keys);
+    CodedRange code_blocks(const RowStore& rows, int head, size_t first, size_t last);
+    void coded_until(size_t blocks, const CodedRange* ranges, size_t count);
+    // Code every complete block of head `head` that is not coded yet.
     void code(const RowStore& rows, int head);
     void crop(size_t keys);
 
 private:
-    void set_centre(const RowStore& rows, int head);
-    void code_block(const RowStore& rows, int head, size_t block);
+    void code_block(const RowStore& rows, int head, size_t block, CodedRange& range);
 
     int dim_;
     const Rotation* rotation_;

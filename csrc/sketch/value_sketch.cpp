@@ -4,21 +4,24 @@
 
 namespace hsr {
 
-void ValueSketch::code(const RowStore& values, int head, size_t until) {
-    rows_.reserve(until * value_row_bytes(dim_));
-    parameters_.reserve(until / kBlock * value_parameter_bytes(dim_));
+void ValueSketch::reserve(size_t keys) {
+    rows_.reserve(keys * value_row_bytes(dim_));
+    parameters_.reserve(keys / kBlock * value_parameter_bytes(dim_));
+}
+
+void ValueSketch::code_range(const RowStore& values, int head, size_t first, size_t last) {
     float row[kMaxHeadDim];
-    for (; coded_ < until; ++coded_) {
-        kernels().to_float(values.dtype(), values.row(coded_, head), row, size_t(dim_));
-        kernels().code_value(dim_, row, rows_.data() + coded_ * value_row_bytes(dim_),
-                             parameters_.data() + coded_ / kBlock * value_parameter_bytes(dim_) + coded_ % kBlock * 2);
+    for (size_t key = first; key < last; ++key) {
+        kernels().to_float(values.dtype(), values.row(key, head), row, size_t(dim_));
+        kernels().code_value(dim_, row, rows_.data() + key * value_row_bytes(dim_),
+                             parameters_.data() + key / kBlock * value_parameter_bytes(dim_) + key % kBlock * 2);
     }
 }
 
-void ValueSketch::widen(const float* row) {
+void ValueSketch::widen(const float* least, const float* most) {
     for (int i = 0; i < dim_; ++i) {
-        least_[size_t(i)] = std::min(least_[size_t(i)], row[i]);
-        most_[size_t(i)] = std::max(most_[size_t(i)], row[i]);
+        least_[size_t(i)] = std::min(least_[size_t(i)], least[i]);
+        most_[size_t(i)] = std::max(most_[size_t(i)], most[i]);
     }
 }
 

@@ -25,8 +25,12 @@ public:
     const std::vector<float>& least() const { return least_; }
     const std::vector<float>& most() const { return most_; }
 
-    void code(const RowStore& values, int head, size_t until);  // until: a multiple of 16
-    void widen(const float* row);
+    // Make room for `keys` (a multiple of 16); code_range may then run for parts of them at once, and `coded_until`
+    // ends it.
+    void reserve(size_t keys);
+    void code_range(const RowStore& values, int head, size_t first, size_t last);
+    void coded_until(size_t keys) { coded_ = keys; }
+    void widen(const float* least, const float* most);
     void crop(size_t keys) { coded_ = keys < coded_ ? keys / kBlock * kBlock : coded_; }
 
 private:

@@ -35,11 +35,15 @@ bool TokenArray::find_bad(float limit, int64_t place[4]) const {
     return false;
 }
 
-RowStore::RowStore(int heads, int dim, Dtype dtype)
-    : heads_(heads), dim_(dim), dtype_(dtype), row_bytes_(size_t(dim) * item_size(dtype)) {}
+RowStore::RowStore(int heads, int dim, Dtype dtype, const std::string& directory)
+    : heads_(heads),
+      dim_(dim),
+      dtype_(dtype),
+      directory_(directory),
+      row_bytes_(size_t(dim) * item_size(dtype)),
+      buffer_(empty_buffer()) {}
 
-RowStore::RowStore(const RowStore& other)
-    : heads_(other.heads_), dim_(other.dim_), dtype_(other.dtype_), row_bytes_(other.row_bytes_) {
+RowStore::RowStore(const RowStore& other) : RowStore(other.heads_, other.dim_, other.dtype_, other.directory_) {
     reserve(other.nbytes());
     if (other.size_) std::memcpy(buffer_->data(), other.buffer_->data(), other.nbytes());
     size_ = written_ = other.size_;
@@ -55,7 +59,7 @@ void RowStore::reserve(size_t bytes) {
 }
 
 void RowStore::replace(size_t bytes) {
-    auto fresh = std::make_shared<Buffer>();
+    auto fresh = empty_buffer();
     fresh->reserve(bytes);
     if (size_) std::memcpy(fresh->data(), buffer_->data(), nbytes());
     buffer_ = std::move(fresh);
@@ -64,7 +68,8 @@ void RowStore::replace(size_t bytes) {
 
 void RowStore::append(const TokenArray& array) {
     const size_t bytes = (size_ + size_t(array.tokens)) * token_bytes();
-    if (size_ < written_ && buffer_.use_count() > 1) replace(bytes);  // cropped, and somebody reads the rest
+    const bool read_elsewhere = size_ < written_ && buffer_.use_count() > 1;  // cropped, and somebody reads the rest
+    if (read_elsewhere || buffer_->inherited()) replace(bytes);
     reserve(bytes);
     uint8_t* to = buffer_->data() + size_ * token_bytes();
     const size_t item = item_size(dtype_);
@@ -88,7 +93,7 @@ void RowStore::append(const TokenArray& array) {
 
 RowStore RowStore::reordered(const int64_t* sources, size_t count, int heads_per_row) const {
     const size_t piece = row_bytes_ * size_t(heads_per_row);
-    RowStore out(int(count) * heads_per_row, dim_, dtype_);
+    RowStore out(int(count) * heads_per_row, dim_, dtype_, directory_);
     out.reserve(size_ * out.token_bytes());
     uint8_t* to = out.buffer_->data();
     for (size_t t = 0; t < size_; ++t)
@@ -99,7 +104,7 @@ RowStore RowStore::reordered(const int64_t* sources, size_t count, int heads_per
 }
 
 void RowStore::keep(const size_t* tokens, size_t count) {
-    auto moved = std::make_shared<Buffer>();
+    auto moved = empty_buffer();
     moved->reserve(count * token_bytes());
     for (size_t i = 0; i < count; ++i)
         std::memcpy(moved->data() + i * token_bytes(), buffer_->data() + tokens[i] * token_bytes(), token_bytes());

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "kernels/kernels.h"
 #include "store/buffer.h"
@@ -25,7 +26,8 @@ struct TokenArray {
 
 class RowStore {
 public:
-    RowStore(int heads, int dim, Dtype dtype);
+    // In memory, or in a file in `directory`.
+    RowStore(int heads, int dim, Dtype dtype, const std::string& directory = "");
     RowStore(const RowStore&);
     RowStore(RowStore&&) = default;
     RowStore& operator=(RowStore&&) = default;
@@ -47,18 +49,23 @@ public:
     RowStore reordered(const int64_t* sources, size_t count, int heads_per_row) const;
     void keep(const size_t* tokens, size_t count);  // ascending
 
+    void drop_pages() const { buffer_->drop_pages(); }
+    void read_in_order() const { buffer_->read_in_order(); }
+
     // For a reader outside: while it is held, its rows are neither moved nor written over.
     std::shared_ptr<const Buffer> share() const { return buffer_; }
 
 private:
     void reserve(size_t bytes);
     void replace(size_t bytes);
+    std::shared_ptr<Buffer> empty_buffer() const { return std::make_shared<Buffer>(directory_); }
 
     int heads_, dim_;
     Dtype dtype_;
+    std::string directory_;
     size_t row_bytes_, size_ = 0;
     size_t written_ = 0;  // rows of this buffer that a reader may have seen; more than size_ after a crop
-    std::shared_ptr<Buffer> buffer_ = std::make_shared<Buffer>();
+    std::shared_ptr<Buffer> buffer_;
 };
 
 }  // namespace hsr

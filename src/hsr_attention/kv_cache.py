@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,19 @@ class KVCache:
     ----------
     policy : SoftmaxPolicy or ReLUPolicy
         Decides for every ``attend``.
+    storage : "memory" or "disk"
+        Where full-precision keys and values stand. On disk they are in nameless files, mapped into
+        memory, of which decoding reads the exact tier only; codes are in memory always. The files
+        vanish with the cache. Answers are the same.
+    directory : path, optional
+        Of the files on disk; the system's directory for temporary files by default. Where that is
+        a file system in memory (often ``/tmp`` or ``/dev/shm``), name another.
+
+    Raises
+    ------
+    OSError
+        If no file can be made in ``directory``, or, later, the disk is full; the cache is then
+        unchanged.
 
     Examples
     --------
@@ -36,10 +51,17 @@ class KVCache:
     (1, 6, 1, 64)
     """
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        *,
+        storage: str = "memory",
+        directory: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.policy: Policy = SoftmaxPolicy() if policy is None else policy
         if not isinstance(self.policy, SoftmaxPolicy | ReLUPolicy):
             raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
+        self._directory = storage_directory(storage, directory)
         self._layer: Any = None
         self._settings = _native_settings(self.policy)
 
@@ -49,27 +71,33 @@ class KVCache:
 
     def __repr__(self) -> str:
         """Return the policy and the shapes."""
+        place = "" if self.storage == "memory" else f"storage={self.storage!r}, "
         if self._layer is None:
-            return f"KVCache({self.policy!r}, empty)"
+            return f"KVCache({self.policy!r}, {place}empty)"
         layer = self._layer
         return (
-            f"KVCache({self.policy!r}, batch={layer.batch}, kv_heads={layer.kv_heads}, "
+            f"KVCache({self.policy!r}, {place}batch={layer.batch}, kv_heads={layer.kv_heads}, "
             f"n={len(self)}, head_dim={layer.key_dim})"
         )
 
     @property
+    def storage(self) -> str:
+        """Where full-precision keys and values stand: "memory" or "disk"."""
+        return "disk" if self._directory else "memory"
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and codes."""
+        """Bytes of keys, values and codes, in memory and on disk."""
         return self.row_nbytes + self.code_nbytes
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of the full-precision keys and values."""
+        """Bytes of the full-precision keys and values; on disk with ``storage="disk"``."""
         return 0 if self._layer is None else self._layer.row_nbytes
 
     @property
     def code_nbytes(self) -> int:
-        """Bytes of the codes with their steps and residuals."""
+        """Bytes of the codes with their steps and residuals, in memory."""
         return 0 if self._layer is None else self._layer.code_nbytes
 
     def append(self, keys: Any, values: Any) -> None:
@@ -82,6 +110,8 @@ class KVCache:
         ValueError
             If shapes disagree with each other or with what is cached, or a number is not finite; the
             cache is then unchanged.
+        MemoryError, OSError
+            If memory or disk is full; the cache is then unchanged.
         """
         self._append(keys, values, "keys", "values")
 
@@ -107,6 +137,7 @@ class KVCache:
                 v.shape[3],
                 int(k.dtype),
                 _reads_value_codes(self.policy),
+                self._directory,
             )
         else:
             expected = (layer.batch, layer.kv_heads, layer.key_dim, layer.value_dim)
@@ -164,6 +195,7 @@ class KVCache:
         *,
         mask: Any = None,
         return_certificate: bool = False,
+        tokens: int | None = None,
     ) -> Any:
         """Attend from the newest m positions, causal among themselves.
 
@@ -177,6 +209,9 @@ class KVCache:
             True where a key may be seen, besides causality (left padding, for example).
         return_certificate : bool
             Return ``(out, Certificate)``.
+        tokens : int, optional
+            Attend as if the cache held its first ``tokens`` tokens only, which is also the n of
+            the mask.
 
         Returns
         -------
@@ -185,10 +220,13 @@ class KVCache:
         queries = arguments.heads("q", q)
         if self._layer is None:
             raise ValueError("the cache must hold keys before it can be attended to, got 0")
-        m = queries.shape[2]
-        if m > len(self):
-            raise ValueError(f"q must have at most {len(self)} positions (cached tokens), got {m}")
-        out, certificate = self._attend(q, queries, None, scale, mask, return_certificate)
+        m, n = queries.shape[2], len(self) if tokens is None else tokens
+        if not 0 <= n <= len(self):
+            raise ValueError(f"tokens must lie in [0, {len(self)}], got {n}")
+        if m > n:
+            raise ValueError(f"q must have at most {n} positions (cached tokens), got {m}")
+        visible = None if tokens is None else np.arange(n - m + 1, n + 1, dtype=np.int64)
+        out, certificate = self._attend(q, queries, visible, scale, mask, return_certificate, n)
         return (out, certificate) if return_certificate else out
 
     def _attend(
@@ -199,8 +237,10 @@ class KVCache:
         scale: float | None,
         mask: Any,
         certify: bool,
+        tokens: int | None = None,
     ) -> tuple[Any, Certificate | None]:
         layer, policy = self._layer, self.policy
+        n = len(self) if tokens is None else tokens
         batch, heads, m, dim = queries.shape
         if batch != layer.batch:
             raise ValueError(f"q must have batch {layer.batch} like the keys, got {batch}")
@@ -218,8 +258,8 @@ class KVCache:
             scale=scale,
             certify=certify and self._settings["certify"],
             with_certificate=certify,
-            thresholds=None if policy.threshold is None else self._thresholds(queries, scale),
-            mask=None if mask is None else arguments.key_mask(mask, batch, m, len(self)),
+            thresholds=None if policy.threshold is None else self._thresholds(queries, scale, n),
+            mask=None if mask is None else self._key_mask(mask, batch, m, n),
             **self._settings["rule"],
         )
         out = arguments.like(q, found[0])
@@ -229,14 +269,42 @@ class KVCache:
         bound = bound + arguments.output_rounding(q, found[0])
         return out, Certificate(bound, estimate, omitted, density, lse, work)
 
-    def _thresholds(self, queries: arguments.FloatArray, scale: float) -> NDArray[np.float64]:
+    def _key_mask(self, mask: Any, batch: int, m: int, n: int) -> NDArray[np.uint8]:
+        found = arguments.key_mask(mask, batch, m, n)
+        behind = len(self) - n
+        return np.pad(found, ((0, 0), (0, 0), (0, behind))) if behind > 0 else found
+
+    def _thresholds(
+        self, queries: arguments.FloatArray, scale: float, n: int
+    ) -> NDArray[np.float64]:
         rule = self.policy.threshold
         shape = queries.shape[:3]
         if callable(rule):
             key_rms = self._layer.key_rms()
             group = shape[1] // self._layer.kv_heads
-            rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), len(self), scale)
+            rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), n, scale)
         return arguments.attention_thresholds(rule, shape)
+
+
+STORAGES = ("memory", "disk")
+
+
+def storage_directory(storage: str, directory: str | os.PathLike[str] | None) -> str:
+    """Return the directory for files, checked by making one; empty for storage in memory."""
+    arguments.one_of("storage", storage, STORAGES)
+    if storage == "memory":
+        if directory is not None:
+            raise ValueError(f'directory must be None with storage="memory", got {directory!r}')
+        return ""
+    path = os.path.abspath(tempfile.gettempdir() if directory is None else os.fspath(directory))
+    if not os.path.isdir(path):
+        raise ValueError(f"directory must be an existing directory, got {path!r}")
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        reason = f"directory must be writable to hold keys and values, got {error.strerror}"
+        raise OSError(error.errno, reason, path) from None
 
 
 def _native_settings(policy: Policy) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hsr_attention.cli import console, options
+from hsr_attention.cli.bench_generate import bench_generate
 from hsr_attention.cli.bench_index import bench_index
-from hsr_attention.cli.bench_prefill import prefill
-from hsr_attention.cli.bench_scaling import scaling
+from hsr_attention.cli.bench_length import bench_length
+from hsr_attention.cli.bench_prefill import bench_prefill
+from hsr_attention.cli.bench_relu import bench_relu
+from hsr_attention.cli.bench_scaling import bench_scaling
+from hsr_attention.cli.bench_threads import bench_threads
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import SoftmaxPolicy
 
@@ -24,21 +27,18 @@ def _root() -> None:
     pass
 
 
+app.command("generate")(bench_generate)
+app.command("length")(bench_length)
+app.command("relu")(bench_relu)
+app.command("threads")(bench_threads)
 app.command("index")(bench_index)
-app.command("prefill")(prefill)
-app.command("scaling")(scaling)
+app.command("prefill")(bench_prefill)
+app.command("scaling")(bench_scaling)
 
 
 @app.command()
 def decode(
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            "--keys",
-            help="Heads captured by hsr capture; without, heads are made up.",
-            show_default=False,
-        ),
-    ] = None,
+    keys: options.Keys = None,
     n: Annotated[
         int | None,
         typer.Option("--n", min=1, help="Keys.", show_default="all captured, or 32768"),
@@ -46,16 +46,16 @@ def decode(
     tile: Annotated[
         bool, typer.Option("--tile", help="Repeat the captured keys where --n is larger.")
     ] = False,
-    layers: options.Layers = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Numbers with commas.", show_default="all")
+    ] = None,
     shape: options.Shape = "9/3x64",
     dtype: options.DtypeOption = options.Dtype.float32,
     policy: options.PolicyWords = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Alternations.")] = 15,
     threads: options.Threads = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the synthetic heads.")] = 0,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Write a picture (PNG).", show_default=False)
-    ] = None,
+    plot: options.Plot = None,
     json: options.Json = False,
 ) -> None:
     """Time decoding attention by layer against every dense path of torch.
@@ -66,22 +66,24 @@ def decode(
     if not isinstance(wanted, SoftmaxPolicy):
         raise InputError("hsr bench decode compares with softmax; --policy must not be relu")
     options.writable(plot, "--plot")
-    chosen = options.layers(layers)
+    chosen = None if layers is None else options.numbers(layers, "--layers")
     heads_shape = options.shape(shape)
     from hsr_attention.evaluation import capture, decode_speed
 
-    if keys is None:
+    if not keys:
         options.set_threads(threads)
         n = n or 32768
         source = f"synthetic heads (made up, seed {seed})"
         heads = decode_speed.synthetic_heads(*heads_shape, n, str(dtype), seed=seed)
     else:
-        file = capture.open_heads(keys)
+        files = [capture.open_heads(path) for path in keys]
         options.set_threads(threads)
-        n = n or file.n
-        source = f"real heads captured from {file.metadata.get('model', 'a model')}"
-        source += f", {file.n:,} keys" + (f" repeated to {n:,}" if n > file.n else "")
-        heads = decode_speed.captured_heads(file, n, str(dtype), tile, chosen)
+        have = sum(file.n for file in files)
+        n = n or have
+        source = f"real heads captured from {files[-1].metadata.get('model', 'a model')}"
+        source += f", {have:,} keys" + (f" repeated to {n:,}" if n > have else "")
+        source += f" of {len(files)} documents" if len(files) > 1 else ""
+        heads = decode_speed.captured_heads(files, n, str(dtype), tile, chosen)
     with console.progress("steps") as bar:
         task = bar.add_task("check", total=len(heads) + rounds + 1)
         result = decode_speed.measure(
@@ -89,7 +91,7 @@ def decode(
         )
     result = {
         "source": source,
-        "synthetic": keys is None,
+        "synthetic": not keys,
         "n": n,
         "dtype": str(dtype),
         "policy": repr(wanted),

@@ -11,7 +11,7 @@ from hsr_attention.cli import console, options
 from hsr_attention.evaluation.errors import InputError
 
 
-def prefill(
+def bench_prefill(
     keys: Annotated[
         Path | None,
         typer.Option(
@@ -35,7 +35,9 @@ def prefill(
             "--n", help="Tokens of the prompt: 2048,8192.", show_default="all captured, or 8192"
         ),
     ] = None,
-    layers: options.Layers = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Numbers with commas.", show_default="all")
+    ] = None,
     shape: options.Shape = "9/3x64",
     prompt_file: options.PromptFile = None,
     dtype: options.DtypeOption = options.Dtype.float32,
@@ -44,9 +46,7 @@ def prefill(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Alternations.")] = 3,
     threads: options.Threads = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the synthetic heads.")] = 0,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Write a picture (PNG).", show_default=False)
-    ] = None,
+    plot: options.Plot = None,
     json: options.Json = False,
 ) -> None:
     """Time causal attention over whole prompts against torch's fastest, or a model's first token.
@@ -56,7 +56,9 @@ def prefill(
     """
     wanted = options.policy(policy)
     options.writable(plot, "--plot")
-    lengths = None if n is None else options.sizes("--n", n)
+    lengths = None if n is None else options.numbers(n, "--n")
+    if lengths and lengths[0] < 1:
+        raise InputError(f"--n must be at least 1, got {lengths[0]}")
     if keys is not None and model is not None:
         raise InputError("give one of --keys and --model")
     if model is not None:
@@ -65,7 +67,7 @@ def prefill(
         )
         show, draw = _print_model, "first_token"
     else:
-        chosen, made = options.layers(layers), options.shape(shape)
+        chosen, made = None if layers is None else options.numbers(layers, "--layers"), options.shape(shape)
         result = _attention(
             keys, lengths, chosen, made, str(dtype), wanted, rounds, threads, seed
         )
@@ -138,24 +140,22 @@ def _whole_model(
     rounds: int,
     threads: int | None,
 ) -> dict[str, Any]:
-    from hsr_attention.evaluation import first_token, models, texts
+    from hsr_attention.evaluation import first_token
 
     longest = lengths[-1]
-    text = texts.essays() if prompt_file is None else texts.read_prompt(prompt_file)
-    source = models.find(name)
-    options.quiet_libraries()
-    options.set_threads(threads)
-    context = models.context_length(models.load_config(source))
-    if context is not None and longest > max(context, max_context or 0):
-        raise InputError(
-            f"--n asks for {longest} tokens, but the model's context is {context}: use "
-            f"--max-context {longest} to extend the model by YaRN"
-        )
-    tokenizer = models.load_tokenizer(source)
-    ids = texts.token_ids(tokenizer, text, longest)
+    loaded, ids = options.load_with_text(
+        name,
+        dtype,
+        prompt_file,
+        longest if prompt_file is None else None,
+        longest,
+        0,
+        max_context,
+        threads,
+        shorten="--n",
+    )
     if ids.shape[1] < longest:
         raise InputError(f"the text has {ids.shape[1]} tokens, --n needs {longest}")
-    loaded = models.load(name, dtype, max_context, tokenizer)
     rows = []
     with console.progress("prompts") as bar:
         task = bar.add_task("dense", total=2 * rounds * len(lengths))

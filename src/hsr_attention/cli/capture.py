@@ -22,6 +22,10 @@ def run(
             "--tokens", min=1, help="Tokens of the text.", show_default="all, or --essays"
         ),
     ] = None,
+    skip: Annotated[
+        int,
+        typer.Option("--skip", min=0, help="Tokens of the text to leave out first: another part."),
+    ] = 0,
     layers: Annotated[
         str, typer.Option("--layers", help="Numbers with commas, such as 0,7,15, or 'all'.")
     ] = "all",
@@ -37,29 +41,27 @@ def run(
 
     Example: hsr capture --model smollm2 --essays 8192 --layers 0,7,15,29 --out heads.safetensors
     """
-    from hsr_attention.evaluation import capture, models, texts
+    from hsr_attention.evaluation import capture, models
 
     options.writable(out, "--out")
-    text = options.text(prompt_file, essays)
-    source = models.find(model)
-    options.quiet_libraries()
-    options.set_threads(threads)
-    config = models.load_config(source)
-    count = capture.layer_count(config)
+    count = capture.layer_count(models.load_config(models.find(model)))
     chosen = _layers(layers, count)
-    tokenizer = models.load_tokenizer(source)
-    wanted = tokens if essays is None else min(essays, tokens or essays)
-    ids = texts.token_ids(tokenizer, text, wanted)
+    loaded, ids = options.load_with_text(
+        model,
+        dtype,
+        prompt_file,
+        essays,
+        tokens,
+        0,
+        max_context,
+        threads,
+        shorten="--tokens",
+        skip=skip,
+    )
     n = ids.shape[1]
+    wanted = tokens if essays is None else min(essays, tokens or essays)
     if wanted is not None and n < wanted:
         raise InputError(f"the text has {n} tokens, got --tokens {wanted}")
-    context = models.context_length(config)
-    if context is not None and n > max(context, max_context or 0):
-        raise InputError(
-            f"the text has {n} tokens, but the model's context is {context}: use --tokens "
-            f"{context}, or --max-context {n} to extend the model by YaRN"
-        )
-    loaded = models.load(model, dtype, max_context, tokenizer)
     with console.progress("layers") as bar:
         task = bar.add_task("capture", total=count)
         heads = capture.capture(
@@ -69,6 +71,7 @@ def run(
         "model": loaded.source.name,
         "text": "essays" if prompt_file is None else prompt_file.name,
         "tokens": n,
+        "skipped": skip,
         "queries": min(queries, n),
         "layers": chosen,
         "dtype": str(dtype),

@@ -40,27 +40,16 @@ def perplexity(
 
     Example: hsr evaluate perplexity --model smollm2 --essays
     """
-    from hsr_attention.evaluation import models, texts
     from hsr_attention.evaluation.decode_statistics import summary
     from hsr_attention.evaluation.perplexity import perplexity as measure
 
     wanted = options.policy(policy)
-    text = options.text(prompt_file, prefix + tokens if essays else None)
-    source = models.find(model)
-    options.quiet_libraries()
-    options.set_threads(threads)
-    tokenizer = models.load_tokenizer(source)
     n = prefix + tokens
-    ids = texts.token_ids(tokenizer, text, n)
+    loaded, ids = options.load_with_text(
+        model, dtype, prompt_file, n if essays else None, n, 0, max_context, threads
+    )
     if ids.shape[1] < n:
         raise InputError(f"the text has {ids.shape[1]} tokens, --prefix and --tokens need {n}")
-    context = models.context_length(models.load_config(source))
-    if context is not None and n > max(context, max_context or 0):
-        raise InputError(
-            f"--prefix and --tokens need {n} tokens, but the model's context is {context}: use "
-            f"fewer, or --max-context {n} to extend the model by YaRN"
-        )
-    loaded = models.load(model, dtype, max_context, tokenizer)
     results: dict[str, Any] = {}
     with console.progress() as bar:
         for name, chosen in (("hsr", wanted), ("dense", None)):

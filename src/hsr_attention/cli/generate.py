@@ -46,6 +46,21 @@ def run(
     prefill_chunk: Annotated[
         int, typer.Option("--prefill-chunk", min=1, help="Tokens of the prompt at a time.")
     ] = 1024,
+    storage: Annotated[
+        options.Storage,
+        typer.Option(
+            "--storage",
+            help="Full-precision keys and values in memory, or in files, for long contexts.",
+        ),
+    ] = options.Storage.memory,
+    storage_directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--storage-directory",
+            help="Of those files, with --storage disk.",
+            show_default="that of temporary files",
+        ),
+    ] = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Run the fastest dense path as well.")
     ] = False,
@@ -63,20 +78,21 @@ def run(
 
     Example: hsr generate --model smollm2 --essays 8000 --compare-dense
     """
-    from hsr_attention.evaluation import models
-
     wanted = options.policy(policy)
     options.writable(report, "--report")
-    text = options.text(prompt_file, essays)
-    source = models.find(model)
-    options.quiet_libraries()
-    options.set_threads(threads)
-    tokenizer = models.load_tokenizer(source)
-    ids = _ids(tokenizer, text, essays, max_prompt_tokens)
-    need = ids.shape[1] + max_new_tokens
-    reach = need if rope_scaling is not None and max_context is None else max_context
-    _check_context(models.load_config(source), ids.shape[1], max_new_tokens, reach)
-    loaded = models.load(model, dtype, reach, tokenizer)
+    loaded, ids = options.load_with_text(
+        model,
+        dtype,
+        prompt_file,
+        essays,
+        max_prompt_tokens,
+        max_new_tokens,
+        max_context,
+        threads,
+        shorten="--max-prompt-tokens",
+        extend=rope_scaling is not None,
+    )
+    tokenizer = loaded.tokenizer
     from hsr_attention.evaluation import comparison, generation
     from hsr_attention.evaluation.decode_statistics import summary
 
@@ -92,6 +108,7 @@ def run(
             max_new_tokens,
             chunk=prefill_chunk,
             watch=screen.watch,
+            storage=generation.Storage(str(storage), storage_directory),
             **settings,
         )
     dense = None
@@ -115,28 +132,6 @@ def run(
         _print(loaded, wanted, hsr, dense, found)
         if report is not None:
             console.out().print(f"Picture: {report}")
-
-
-def _ids(tokenizer: Any, text: str, essays: int | None, limit: int | None) -> Any:
-    from hsr_attention.evaluation import texts
-
-    limits = [x for x in (essays, limit) if x is not None]
-    return texts.token_ids(tokenizer, text, min(limits) if limits else None)
-
-
-def _check_context(config: Any, prompt: int, new: int, reach: int | None) -> None:
-    from hsr_attention.evaluation import models
-
-    context = models.context_length(config)
-    longest = None if context is None else max(context, reach or 0)
-    if longest is None or prompt + new <= longest:
-        return
-    shorter = f"--max-prompt-tokens {longest - new}, or " if longest > new else ""
-    raise InputError(
-        f"the prompt has {prompt} tokens and with {new} new ones needs {prompt + new}, but the "
-        f"model's context is {longest}: use {shorter}--max-context {prompt + new} (or "
-        "--rope-scaling yarn) to extend the model by YaRN"
-    )
 
 
 class _Screen:
@@ -195,6 +190,7 @@ def _print(loaded: Model, policy: Any, hsr: Run, dense: Run | None, found: Summa
         ("tokens generated", [str(len(run.decoded.tokens)) for run in runs]),
         ("decoding", [_speed(run) for run in runs]),
         ("peak memory (model included)", [console.megabytes(run.peak_bytes) for run in runs]),
+        ("keys and values / codes", [_cache(run) for run in runs]),
     ]
     if found is not None:
         blank = [console.NONE] * (len(runs) - 1)
@@ -220,6 +216,12 @@ def _print(loaded: Model, policy: Any, hsr: Run, dense: Run | None, found: Summa
 
 def _speed(run: Run) -> str:
     return console.number(run.decoded.tokens_per_second, 3, " tokens/s")
+
+
+def _cache(run: Run) -> str:
+    if not run.cache_bytes:
+        return console.NONE
+    return " / ".join(console.megabytes(run.cache_bytes[part]) for part in ("rows", "codes"))
 
 
 def _spread(value: Any) -> str:
@@ -281,4 +283,5 @@ def _run_dict(loaded: Model, run: Run) -> dict[str, Any]:
         "decode_seconds": decoded.seconds,
         "seconds_by_position": run.by_position,
         "peak_bytes": run.peak_bytes,
+        "cache_bytes": run.cache_bytes or None,
     }

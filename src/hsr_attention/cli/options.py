@@ -28,6 +28,13 @@ class RopeScaling(enum.StrEnum):
     yarn = "yarn"
 
 
+class Storage(enum.StrEnum):
+    """Where full-precision keys and values stand."""
+
+    memory = "memory"
+    disk = "disk"
+
+
 Model = Annotated[
     str,
     typer.Option("--model", help="A transformers directory, a .gguf file, or the word smollm2."),
@@ -61,18 +68,28 @@ MaxContext = Annotated[
         show_default=False,
     ),
 ]
-Shape = Annotated[
-    str, typer.Option("--shape", help="Synthetic heads: query heads/key heads x head_dim.")
-]
-Layers = Annotated[
-    str | None, typer.Option("--layers", help="Numbers with commas.", show_default="all")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Threads = Annotated[
     int | None,
     typer.Option(
         "--threads", min=1, help="Threads of torch and of hsr.", show_default="all cores"
     ),
+]
+
+Plot = Annotated[
+    Path | None, typer.Option("--plot", help="Write a picture (PNG).", show_default=False)
+]
+Keys = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--keys",
+        help="Heads captured by hsr capture; without, heads are made up. Given several times, the "
+        "keys of the documents stand one after another, and the queries are those of the last.",
+        show_default=False,
+    ),
+]
+Shape = Annotated[
+    str, typer.Option("--shape", help="Synthetic heads: query heads/key heads x head_dim.")
 ]
 
 _NUMBERS = {
@@ -136,17 +153,8 @@ def _value(name: str, text: str) -> Any:
     return text
 
 
-def text(prompt_file: Path | None, essays: int | None) -> str:
-    """Return the text that was asked for: a file, or the essays."""
-    from hsr_attention.evaluation import texts
-
-    if (prompt_file is None) == (essays is None):
-        raise InputError("give one of --prompt-file and --essays")
-    return texts.essays() if prompt_file is None else texts.read_prompt(prompt_file)
-
-
 def shape(text: str) -> tuple[int, int, int]:
-    """Return query heads, key heads and head_dim of ``--shape``, such as 9/3x64."""
+    """Return query heads, key heads and head_dim of a word such as ``9/3x64``."""
     found = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
     heads, kv_heads, head_dim = map(int, found.groups()) if found else (0, 0, 0)
     if not (kv_heads and heads and heads % kv_heads == 0 and 1 <= head_dim <= 512):
@@ -157,25 +165,78 @@ def shape(text: str) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def layers(text: str | None) -> list[int] | None:
-    """Return the numbers of ``--layers``, None for all."""
-    if text is None:
-        return None
+def numbers(text: str, option: str) -> list[int]:
+    """Return the integers of a text such as ``1,2,3``, in order, each once."""
     try:
         return sorted({int(word) for word in text.split(",")})
     except ValueError:
-        raise InputError(f"--layers must be numbers with commas, got {text!r}") from None
+        raise InputError(f"{option} must be numbers with commas, got {text!r}") from None
 
 
-def sizes(option: str, text: str) -> list[int]:
-    """Return increasing positive integers written as 2048,8192 or 1e3,1e4."""
-    try:
-        numbers = sorted({int(float(word)) for word in text.split(",")})
-    except (ValueError, OverflowError):
-        numbers = []
-    if not numbers or numbers[0] < 1:
-        raise InputError(f"{option} must be positive numbers with commas, got {text!r}")
-    return numbers
+def text(prompt_file: Path | None, essays: int | None) -> str:
+    """Return the text that was asked for: a file, or the essays."""
+    from hsr_attention.evaluation import texts
+
+    if (prompt_file is None) == (essays is None):
+        raise InputError("give one of --prompt-file and --essays")
+    return texts.essays() if prompt_file is None else texts.read_prompt(prompt_file)
+
+
+def load_with_text(
+    model: str,
+    dtype: str,
+    prompt_file: Path | None,
+    essays: int | None,
+    limit: int | None,
+    new: int,
+    max_context: int | None,
+    threads: int | None,
+    *,
+    shorten: str | None = None,
+    skip: int = 0,
+    extend: bool = False,
+) -> tuple[Any, Any]:
+    """Load a model and the ids [1, n] of the text that was asked for.
+
+    At most ``limit`` tokens of the text, after ``skip`` others, are used; with ``new`` more they
+    must fit the model's context, which ``max_context`` extends, or ``extend`` as far as they need;
+    ``shorten`` is the option that takes fewer.
+    """
+    from hsr_attention.evaluation import models, texts
+
+    words = text(prompt_file, essays)
+    source = models.find(model)
+    quiet_libraries()
+    set_threads(threads)
+    tokenizer = models.load_tokenizer(source)
+    limits = [x for x in (essays, limit) if x is not None]
+    wanted = min(limits) + skip if limits else None
+    ids = texts.token_ids(tokenizer, words, wanted)[:, skip:]
+    if ids.shape[1] == 0:
+        raise InputError(f"the text must have more than --skip {skip} tokens")
+    if extend and max_context is None:
+        max_context = ids.shape[1] + new
+    check_context(models.load_config(source), ids.shape[1], new, max_context, shorten)
+    return models.load(model, dtype, max_context, tokenizer), ids
+
+
+def check_context(
+    config: Any, tokens: int, new: int, reach: int | None, shorten: str | None
+) -> None:
+    """Refuse a text that with ``new`` more tokens does not fit the context, extended or not."""
+    from hsr_attention.evaluation import models
+
+    context = models.context_length(config)
+    longest = None if context is None else max(context, reach or 0)
+    need = tokens + new
+    if longest is None or need <= longest:
+        return
+    shorter = f"{shorten} {longest - new}, or " if shorten and longest > new else ""
+    more = f" and with {new} new ones needs {need}" if new else ""
+    raise InputError(
+        f"the text has {tokens} tokens{more}, but the model's context is {longest}: use "
+        f"{shorter}--max-context {need} to extend the model by YaRN"
+    )
 
 
 def set_threads(threads: int | None) -> int:

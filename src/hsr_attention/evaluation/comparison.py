@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hsr_attention.evaluation import generation, memory
-from hsr_attention.evaluation.generation import Agreement, Decoded
+from hsr_attention.evaluation.generation import Agreement, Decoded, Storage
 from hsr_attention.policies import Policy
 
 
@@ -39,6 +39,8 @@ class Run:
         What ``HSRCache.statistics`` collected (densities, certificates); None for dense.
     by_position
         Median seconds of a token behind each number of cached tokens, if it was measured.
+    cache_bytes
+        Of an ``HSRCache``: "rows" (full precision) and "codes".
     agreement
         With the run it is compared to, if any.
     """
@@ -50,6 +52,7 @@ class Run:
     peak_bytes: int | None
     statistics: Any = None
     by_position: dict[int, float] = field(default_factory=dict)
+    cache_bytes: dict[str, int] = field(default_factory=dict)
     agreement: Agreement | None = None
 
 
@@ -68,17 +71,19 @@ def run_hsr(
     stop: set[int] | None = None,
     positions: list[int] | None = None,
     watch: Watch | None = None,
+    storage: Storage | None = None,
 ) -> Run:
     """Generate ``count`` tokens after ``ids`` through ``HSRCache``."""
     watch = watch or Watch()
     memory.reset_peak()
-    cache = generation.hsr_cache(model, policy)
+    cache = generation.hsr_cache(model, policy, storage=storage)
     start = time.perf_counter()
     logits = generation.prefill(model, ids, cache, chunk, watch.prefilled)
     seconds = time.perf_counter() - start
     decoded = generation.decode(model, cache, logits, count, stop=stop or (), on_token=watch.token)
     peak = memory.peak_bytes()
     run = Run("hsr", ids.shape[1], seconds, decoded, peak, cache.statistics())
+    run.cache_bytes = {"rows": cache.row_nbytes, "codes": cache.code_nbytes}
     if positions and generation.croppable(cache):
         token = decoded.tokens[-1]
         run.by_position = generation.time_by_position(model, cache, token, positions)

@@ -42,27 +42,36 @@ class Heads:
 
 
 def captured_heads(
-    file: CapturedFile, n: int | None, dtype: str, tile: bool, layers: list[int] | None = None
+    files: list[CapturedFile], n: int, dtype: str, tile: bool, layers: list[int] | None = None
 ) -> list[Heads]:
-    """Read heads from a file: its newest ``n`` keys, or with ``tile`` its keys over and over."""
+    """Read heads from files: the newest ``n`` keys, or with ``tile`` all keys over and over.
+
+    The keys of several files, of one model, stand one after another; queries are the last file's.
+    """
     import torch
 
-    n = file.n if n is None else n
-    if n > file.n and not tile:
+    have = sum(file.n for file in files)
+    names = ", ".join(str(file.path) for file in files)
+    if n > have and not tile:
         raise InputError(
-            f"{file.path} holds {file.n} keys, got n = {n}: capture more, or repeat them by --tile"
+            f"{names} holds {have} keys, got n = {n}: capture more (several --keys stand one "
+            "after another), or repeat them by --tile"
         )
-    unknown = sorted(set(layers or []) - set(file.layers))
-    if unknown:
-        raise InputError(f"{file.path} holds layers {file.layers}, got {unknown}")
+    last = files[-1]
+    for file in files:
+        unknown = sorted(set(layers or last.layers) - set(file.layers))
+        if unknown:
+            raise InputError(f"{file.path} holds layers {file.layers}, got {unknown}")
     result = []
-    for layer in layers or file.layers:
-        q, k, v = (x.to(getattr(torch, dtype)) for x in file.layer(layer))
-        k, v = (_newest(x, n) for x in (k, v))
-        scale = file.scale(q.shape[2])
-        q = q[:, -QUERIES:]
-        q, k, v = (x[None].contiguous() for x in (q, k, v))
-        result.append(Heads(str(layer), q, k, v, scale))
+    for layer in layers or last.layers:
+        parts = [file.layer(layer) for file in files]
+        shapes = {(q.shape[0], k.shape[0], k.shape[2]) for q, k, _ in parts}
+        if len(shapes) > 1:
+            raise InputError(f"{names} must hold heads of one model, got shapes {sorted(shapes)}")
+        q = parts[-1][0][:, -QUERIES:]
+        k, v = (_newest(torch.cat([part[i] for part in parts], dim=1), n) for i in (1, 2))
+        q, k, v = (x.to(getattr(torch, dtype))[None].contiguous() for x in (q, k, v))
+        result.append(Heads(str(layer), q, k, v, last.scale(q.shape[3])))
     return result
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hsr_attention.evaluation.errors import InputError
@@ -43,14 +44,26 @@ class Decoded:
         return len(self.seconds) / sum(self.seconds) if self.seconds else None
 
 
-def hsr_cache(model: Any, policy: Policy, collect: bool = True) -> Any:
+@dataclass(frozen=True)
+class Storage:
+    """Where an ``HSRCache`` keeps full-precision keys and values."""
+
+    storage: str = "memory"
+    directory: Path | None = None
+
+
+def hsr_cache(
+    model: Any, policy: Policy, collect: bool = True, storage: Storage | None = None
+) -> Any:
     """Switch ``model`` to half-space reporting and return an empty cache for it."""
     from hsr_attention.integrations.transformers import HSRCache
 
+    place = {} if storage is None else asdict(storage)
     try:
-        cache = HSRCache(model.config, policy, collect=collect)
+        cache = HSRCache(model.config, policy, collect=collect, **place)
         model.set_attn_implementation("hsr")
-    except ValueError as error:  # soft-capped logits, an encoder, no layer with full attention
+    # Soft-capped logits, an encoder, no layer with full attention; a directory that is none.
+    except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
     return cache
 

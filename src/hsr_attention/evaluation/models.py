@@ -97,6 +97,18 @@ def load_model(source: Source, config: Any, dtype: str = "float32") -> Any:
     return _read(source, "weights", read).eval()
 
 
+def skeleton(source: Source, config: Any) -> Any:
+    """Return the model without its weights, to look at its layers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def build() -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    return _read(source, "architecture", build).eval()
+
+
 def _read(source: Source, what: str, load: Any) -> Any:
     try:
         return load()

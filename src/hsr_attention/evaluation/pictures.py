@@ -117,6 +117,64 @@ def decode_speed(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=130)
 
 
+def generation_speed(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+    """Draw tokens a second of a whole model against the length of its context."""
+    figure = _figure(8.5, 5.2)
+    axes = figure.subplots()
+    n = [row["n"] for row in rows]
+    hsr = [row["hsr_tokens_per_second"] for row in rows]
+    axes.plot(n, hsr, "-o", color=HSR_COLOUR, linewidth=2.2, label="half-space reporting")
+    names = list(rows[0]["dense_tokens_per_second"])
+    for name, style in zip(names, ("-", "--", "-.", ":"), strict=False):
+        speed = [row["dense_tokens_per_second"].get(name, np.nan) for row in rows]
+        axes.plot(n, speed, style, marker=".", color=DENSE_COLOUR, label=f"dense: {name}")
+    for row in rows:
+        at = (row["n"], row["hsr_tokens_per_second"])
+        text = f"{row['speedup']:.1f}x"
+        axes.annotate(text, at, textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(n, [f"{x:,}" for x in n])
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("tokens a second, whole model")
+    axes.set_ylim(bottom=0, top=1.12 * max(hsr))
+    axes.set_title(f"{title}\n(numbers: times the fastest dense way)", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def length_speed(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+    """Draw the time of one decoding call, and of its scan alone, against the number of keys."""
+    figure = _figure(11.5, 4.8)
+    figure.suptitle(title, fontsize=10)
+    times, shares = figure.subplots(1, 2)
+    n = np.array([row["n"] for row in rows])
+    lines = [
+        ("decode_ms", "half-space reporting", HSR_COLOUR, "-o"),
+        ("scan_ms", "its scan alone", HSR_COLOUR, "--."),
+    ]
+    if rows[0]["dense_ms"] is not None:
+        lines.append(("dense_ms", "fastest dense way", DENSE_COLOUR, "-o"))
+    for key, label, colour, style in lines:
+        ms = [row[key] for row in rows]
+        times.plot(n, ms, style, color=colour, markersize=4, label=label)
+    last = rows[-1]
+    times.plot(n, last["decode_ms"] * n / n[-1], ":", color="grey", label="in proportion")
+    times.set_xscale("log")
+    times.set_yscale("log")
+    times.set_ylabel("milliseconds")
+    for key, label in (("scan_bandwidth_share", "scan"), ("decode_bandwidth_share", "whole call")):
+        shares.plot(n, [100 * row[key] for row in rows], "-o", markersize=4, label=label)
+    shares.set_xscale("log")
+    shares.set_ylim(bottom=0)
+    shares.set_ylabel("bytes a second, per cent of the memory bandwidth")
+    for axes in (times, shares):
+        axes.set_xlabel("keys")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
 def prefill_speed(path: Path, title: str, result: dict[str, Any]) -> None:
     """Draw the time of prompt attention against n, and by layer for the longest prompt."""
     totals, rows = result["totals"], result["layers"]

@@ -2,8 +2,8 @@
 
 Nothing is timed that was not checked first: of every call that is timed, rows all over the prompt
 are compared with float64. Building the index is part of our time. All paths run in one process in
-alternation, on the same threads and dtype; medians are reported. A dense path that the first round
-shows to be far from the fastest is not timed again.
+alternation, on the same threads and dtype; medians are reported. A dense path that the check shows
+to be far from the fastest is not timed again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from hsr_attention import arguments
 from hsr_attention.evaluation import decode_speed, output_error
+from hsr_attention.evaluation.alternation import median_seconds
 from hsr_attention.evaluation.capture import CapturedFile
 from hsr_attention.evaluation.decode_speed import Heads
 from hsr_attention.evaluation.errors import InputError
@@ -26,7 +27,10 @@ from hsr_attention.prefill import attend_once
 
 HSR = "hsr"
 CHECKED = 48  # positions of a prompt whose rows, of all heads, are compared with float64
-CONTENDERS = 1.3  # dense paths slower than this times the fastest in the first round leave the race
+CONTENDERS = 1.3  # dense paths that the check shows to be slower than the fastest by this are not timed
+# Products of int8 matrices of 1024 rows by torch (oneDNN), timed in turn with the rest: the 8-bit
+# rate that a tuned library reaches on this machine at this time, not the one of a data sheet.
+INTEGER_PRODUCTS = 4
 ROWS_AT_ONCE = 128  # positions whose logits the chunked paths hold
 KEYS_AT_ONCE = 2048  # keys of a tile that stays in the cache of the processor
 
@@ -208,22 +212,23 @@ def measure(
     with torch.inference_mode():
         on_step("check")
         b = limits(heads, policy)
-        paths = {HSR: attend, **dense_paths(heads, policy, b)}
-        row = _check(heads, policy, paths, b)
-        on_step("first round")
-        first = {name: _seconds(path) for name, path in paths.items()}
-        fastest = min(s for name, s in first.items() if name != HSR)
-        names = [x for x in paths if x == HSR or first[x] <= CONTENDERS * fastest]
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        parts: dict[str, list[float]] = {"append": [], "scores": [], "peak": []}
-        for i in range(rounds):
-            on_step("time")
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                seconds[name].append(_seconds(paths[name]))
-            parts["append"].append(_seconds(lambda: _append(heads, policy)))
-            parts["scores"].append(_seconds(lambda: _score(heads)))
-            parts["peak"].append(integer_dot_peak())
-    return row | _finish(heads, row, seconds, first, parts)
+        paths = dense_paths(heads, policy, b)
+        row, first = _check(heads, policy, attend, paths, b)
+        for name, path in paths.items():  # the first run of a path makes what torch keeps for later
+            if first[name] > CONTENDERS * min(first.values()):
+                first[name] = min(first[name], _seconds(path))
+        kept = {x: paths[x] for x in paths if first[x] <= CONTENDERS * min(first.values())}
+        product = torch.ones(1024, 1024, dtype=torch.int8)
+        calls = {
+            HSR: attend,
+            "append": lambda: _append(heads, policy),
+            **kept,
+            "scores": lambda: _score(heads),
+            "int8": lambda: [torch._int_mm(product, product) for _ in range(INTEGER_PRODUCTS)],
+        }
+        seconds = median_seconds(calls, rounds, lambda: on_step("time"))
+    dense = {name: seconds.get(name, first[name]) for name in paths}
+    return row | _finish(heads, row, seconds, dense, sorted(set(paths) - set(kept)))
 
 
 def _append(heads: Heads, policy: Policy) -> KVCache:
@@ -244,7 +249,10 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _check(heads: Heads, policy: Policy, paths: dict[str, Any], b: Any) -> dict[str, Any]:
+def _check(
+    heads: Heads, policy: Policy, attend: Callable[[], Any], paths: dict[str, Any], b: Any
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Compare every call with float64; return facts, and the time of a run of each dense path."""
     n = heads.q.shape[2]
     positions = np.unique(np.linspace(0, n - 1, min(n, CHECKED)).round().astype(int))
     exact = exact_rows(heads, positions, b, getattr(policy, "power", 1))
@@ -252,7 +260,7 @@ def _check(heads: Heads, policy: Policy, paths: dict[str, Any], b: Any) -> dict[
         policy, heads.q, heads.k, heads.v, heads.scale, True, None, certify=True
     )
     assert certificate is not None
-    if not bool((out == paths[HSR]()).all()):
+    if not bool((out == attend()).all()):
         raise RuntimeError("the answers with and without a certificate differ")
     rows = out[0, :, positions].double().numpy()
     bound, omitted = (
@@ -260,16 +268,18 @@ def _check(heads: Heads, policy: Policy, paths: dict[str, Any], b: Any) -> dict[
     )
     error = output_error.relative_error(rows, exact)
     certified = bool(np.isfinite(bound).all())
-    dense = {}
+    dense, first = {}, {}
     for name, path in paths.items():
-        if name != HSR:
-            found = path()[0, :, positions].double().numpy()
-            dense[name] = float(output_error.relative_error(found, exact).mean())
-            if dense[name] > 0.1:
-                raise RuntimeError(f"{name} is off by {dense[name]:.2g} of the output")
+        start = time.perf_counter()
+        found = path()
+        first[name] = time.perf_counter() - start
+        found = found[0, :, positions].double().numpy()
+        dense[name] = float(output_error.relative_error(found, exact).mean())
+        if dense[name] > 0.1:
+            raise RuntimeError(f"{name} is off by {dense[name]:.2g} of the output")
     visible = np.arange(1, n + 1, dtype=np.float64)
     work = dict(certificate.work)
-    return {
+    row = {
         "n": n,
         "layer": heads.name,
         "rows_checked": int(bound.size),
@@ -288,33 +298,31 @@ def _check(heads: Heads, policy: Policy, paths: dict[str, Any], b: Any) -> dict[
         else None,
         "work": work,
     }
+    return row, first
 
 
 def _finish(
     heads: Heads,
     row: dict[str, Any],
-    seconds: dict[str, list[float]],
-    first: dict[str, float],
-    parts: dict[str, list[float]],
+    seconds: dict[str, float],
+    dense: dict[str, float],
+    timed_once: list[str],
 ) -> dict[str, Any]:
-    median = {name: statistics.median(s) for name, s in seconds.items()}
-    dense = {name: s for name, s in first.items() if name != HSR} | {
-        name: s for name, s in median.items() if name != HSR
-    }
-    fastest = min((name for name in median if name != HSR), key=lambda name: median[name])
+    fastest = min((name for name in dense if name in seconds), key=lambda name: seconds[name])
     operations = 2.0 * heads.q.shape[3] * row["work"]["sketch_scored"]
-    append, scores, peak = (statistics.median(parts[x]) for x in ("append", "scores", "peak"))
+    peak = INTEGER_PRODUCTS * 2.0 * 1024**3 / seconds["int8"]
+    scores = max(seconds["scores"] - seconds["append"], 1e-9)
     return {
-        "hsr_ms": 1e3 * median[HSR],
+        "hsr_ms": 1e3 * seconds[HSR],
         "dense_ms": {name: 1e3 * s for name, s in dense.items()},
-        "timed_once": sorted(set(dense) - set(median)),
+        "timed_once": timed_once,
         "fastest_dense": fastest,
-        "speedup": median[fastest] / median[HSR],
-        "append_ms": 1e3 * append,
-        "scores_ms": 1e3 * (scores - append),
+        "speedup": seconds[fastest] / seconds[HSR],
+        "append_ms": 1e3 * seconds["append"],
+        "scores_ms": 1e3 * scores,
         "integer_peak_gops": peak / 1e9,
-        "integer_peak_share": operations / median[HSR] / peak,
-        "integer_peak_share_of_scores": operations / max(scores - append, 1e-9) / peak,
+        "integer_peak_share": operations / seconds[HSR] / peak,
+        "integer_peak_share_of_scores": operations / scores / peak,
     }
 
 
@@ -345,18 +353,6 @@ def total(rows: list[dict[str, Any]]) -> dict[str, Any]:
             row["integer_peak_share_of_scores"] for row in rows
         ),
     }
-
-
-def integer_dot_peak(n: int = 1024, repeats: int = 8) -> float:
-    """Return 8-bit operations (multiplications and additions) a second of this machine.
-
-    The best of several products of int8 matrices by torch (oneDNN), which uses the instructions
-    that our kernels use: a rate that a tuned library reaches now, not the one of a data sheet.
-    """
-    import torch
-
-    a, b = (torch.ones(n, n, dtype=torch.int8) for _ in "ab")
-    return 2.0 * n**3 / min(_seconds(lambda: torch._int_mm(a, b)) for _ in range(repeats))
 
 
 def synthetic_heads(

@@ -5,20 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from hsr_attention.integrations.layer import CachedRows, HSRLayer
-from hsr_attention.policies import ReLUPolicy
+from hsr_attention.integrations import torch_ops
+from hsr_attention.integrations.decoding import attend_cached, dense_attention
+from hsr_attention.integrations.layer import CachedRows
 
 NAME = "hsr"
-
-# Several new positions at once (speculative decoding, chunks of a prompt) share one dense pass
-# over the keys, which is exact, and faster unless there are this many keys for each of them.
-# Measured with 9/3 heads, d = 64, one thread, 8,192 keys: a report costs 0.32 ms a position, the
-# dense pass 2.5 ms (float32) or 1.5 to 2.4 ms (bfloat16), and little more for eight positions.
-KEYS_PER_POSITION = 1024
 
 # Arguments of other attention functions that change the result: ignoring one would be wrong.
 _REFUSED = {
@@ -75,12 +69,14 @@ def hsr_attention(
     """
     _refuse(dropout, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if key.dtype == torch.int64:  # a state of torch_ops: a graph is being made
+        return _traced(query, key, value, attention_mask, scaling, causal), None
     mask = _mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
     if isinstance(key, CachedRows):
         out = _cached(module, query, key, value, mask, scaling, causal)
     else:
         _check_uncached(module, query, key, causal)
-        out = _dense(query, key, value, mask, scaling, causal)
+        out = dense_attention(query, key, value, mask, scaling, causal)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -102,7 +98,7 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"hsr attention does not know the argument {name!r}, got a tensor")
 
 
-def _mask(mask: Any, batch: int, m: int, n: int) -> torch.Tensor | None:
+def _mask(mask: Any, batch: int, m: int, n: int | None) -> torch.Tensor | None:
     """Check a mask as ``sdpa_mask`` makes it: bool [batch or 1, 1, m, n], true where seen."""
     if mask is None:
         return None
@@ -122,6 +118,22 @@ def _mask(mask: Any, batch: int, m: int, n: int) -> torch.Tensor | None:
     return mask
 
 
+def _traced(
+    query: torch.Tensor,
+    state: torch.Tensor,
+    new_values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    causal: bool,
+) -> torch.Tensor:
+    if not causal and query.shape[2] > 1:
+        raise ValueError("hsr attention inside torch.compile must be causal, got is_causal=False")
+    mask = _mask(mask, query.shape[0], query.shape[2], None if mask is None else mask.shape[-1])
+    seen = None if mask is None else mask[:, 0]
+    out = torch_ops.attend(query, state, new_values.shape[3], scaling, seen)
+    return out.transpose(1, 2).contiguous()
+
+
 def _cached(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -132,7 +144,7 @@ def _cached(
     causal: bool,
 ) -> torch.Tensor:
     layer = key.layer
-    n, m = len(layer.rows), query.shape[2]
+    n = len(layer.rows)
     if key.shape[2] != n or not isinstance(value, CachedRows) or value.layer is not layer:
         raise ValueError(
             "keys and values must come from the newest update of one HSRCache, got keys of "
@@ -143,50 +155,8 @@ def _cached(
     except ValueError:
         layer.forget_newest(key)
         raise
-    sees_newer = m > 1 and (not causal if mask is None else _sees_newer(mask, m))
-    if isinstance(layer.policy, ReLUPolicy):
-        if sees_newer:
-            raise ValueError(
-                "a ReLUPolicy needs causal attention, got a mask that shows newer keys"
-            )
-        return _sparse(layer, query, scaling, mask)
-    if key.fresh is not None and value.fresh is not None:
-        return _dense(query, key.fresh, value.fresh, mask, scaling, causal)
-    if sees_newer or (m > 1 and m * KEYS_PER_POSITION > n):
-        return _dense(query, *layer.tensors(), mask, scaling, causal)
-    return _sparse(layer, query, scaling, mask)
-
-
-def _sees_newer(mask: torch.Tensor, m: int) -> bool:
-    return bool(mask[:, 0, :, -m:].triu(1).any())
-
-
-def _sparse(
-    layer: HSRLayer, query: torch.Tensor, scaling: float | None, mask: torch.Tensor | None
-) -> torch.Tensor:
-    if query.requires_grad and torch.is_grad_enabled():
-        return _NoGradient.apply(query, layer, scaling, mask)  # type: ignore[return-value]
-    return layer.attend(query, scaling, None if mask is None else mask[:, 0])
-
-
-class _NoGradient(torch.autograd.Function):
-    """Sparse attention outside ``torch.no_grad``: going forward is fine, going back is refused."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        query: torch.Tensor,
-        layer: HSRLayer,
-        scaling: float | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return layer.attend(query, scaling, None if mask is None else mask[:, 0])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(
-            "hsr attention over a cache has no gradient; train with attn_implementation='sdpa'"
-        )
+    fresh = None if key.fresh is None or value.fresh is None else (key.fresh, value.fresh)
+    return attend_cached(layer, query, mask, scaling, causal, fresh)
 
 
 def _check_uncached(
@@ -204,27 +174,3 @@ def _check_uncached(
             f"{n} keys for {m} new positions; pass past_key_values=hsr_attention.HSRCache("
             "model.config, policy) or run inside hsr_attention.enable(model, policy)"
         )
-
-
-def _dense(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    causal: bool,
-) -> torch.Tensor:
-    """Exact attention by torch; keys may be strided views, which its CPU kernels read in place."""
-    m, n = query.shape[2], key.shape[2]
-    causal = causal and mask is None and m > 1
-    if causal and m != n:  # torch aligns is_causal with the first key, a cache with the last
-        mask, causal = torch.ones(m, n, dtype=torch.bool).tril(n - m), False
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,9 +44,16 @@ class HSRCache(Cache):
         attention.
     collect : bool
         Keep the certificate of every decoding step for ``statistics()``. Off, none is computed.
+    storage : "memory" or "disk"
+        Where full-precision keys and values stand; codes are in memory always. On disk, a context
+        larger than memory can be decoded: see ``KVCache``.
+    directory : path, optional
+        Of the files on disk; the system's directory for temporary files by default.
 
     Raises
     ------
+    OSError
+        If ``directory`` cannot be written, or, later, the disk is full.
     ValueError
         If the model needs what reporting cannot do: soft-capped logits, an encoder, no
         full-attention layer, an unknown kind of layer.
@@ -54,7 +64,13 @@ class HSRCache(Cache):
     """
 
     def __init__(
-        self, config: Any, policy: Policy | None = None, *, collect: bool = False
+        self,
+        config: Any,
+        policy: Policy | None = None,
+        *,
+        collect: bool = False,
+        storage: str = "memory",
+        directory: str | os.PathLike[str] | None = None,
     ) -> None:
         policy = SoftmaxPolicy() if policy is None else policy
         if not isinstance(policy, SoftmaxPolicy | ReLUPolicy):
@@ -64,7 +80,10 @@ class HSRCache(Cache):
         self.config = config.get_text_config(decoder=True)
         self.policy = policy
         self.collect = collect
-        super().__init__(layers=_layers(config, self.config, policy, collect))
+        self.storage = storage
+        model = ModelShape(self.config)
+        new = partial(HSRLayer, policy, model, collect, storage=storage, directory=directory)
+        super().__init__(layers=_layers(config, self.config, policy, new))
         self._first = next(i for i, x in enumerate(self.layers) if isinstance(x, HSRLayer))
         torch_threads.follow_torch()
 
@@ -82,17 +101,17 @@ class HSRCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and codes of the reporting layers."""
+        """Bytes of keys, values and codes of the reporting layers, in memory and on disk."""
         return self.row_nbytes + self.code_nbytes
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of their full-precision keys and values."""
+        """Bytes of their full-precision keys and values; on disk with ``storage="disk"``."""
         return sum(layer.rows.row_nbytes for layer in self.hsr_layers.values())
 
     @property
     def code_nbytes(self) -> int:
-        """Bytes of their codes."""
+        """Bytes of their codes, in memory."""
         return sum(layer.rows.code_nbytes for layer in self.hsr_layers.values())
 
     def statistics(self) -> list[LayerStatistics]:
@@ -118,7 +137,7 @@ class HSRCache(Cache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         if isinstance(layer, HSRLayer) and layer_idx != self._first:
-            found, expected = len(layer.rows), self.get_seq_length(self._first)
+            found, expected = layer.get_seq_length(), self.get_seq_length(self._first)
             if found != expected:
                 raise ValueError(
                     f"all layers of a cache must hold the same tokens, got {found} in layer "
@@ -128,7 +147,7 @@ class HSRCache(Cache):
         return keys, values
 
 
-def _layers(config: Any, decoder: Any, policy: Policy, collect: bool) -> list[Any]:
+def _layers(config: Any, decoder: Any, policy: Policy, new: Callable[[], HSRLayer]) -> list[Any]:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"HSRCache serves decoder-only models, got {config.model_type!r}")
     for name in ("attn_logit_softcapping", "attn_logit_softcap"):
@@ -141,10 +160,7 @@ def _layers(config: Any, decoder: Any, policy: Policy, collect: bool) -> list[An
             "hsr attention does not support multi-head latent attention, got "
             f"kv_lora_rank={decoder.kv_lora_rank} in config"
         )
-    model = ModelShape(decoder)
-    layers = [
-        _layer(layer, policy, model, collect) for layer in DynamicCache(config=config).layers
-    ]
+    layers = [_layer(layer, new) for layer in DynamicCache(config=config).layers]
     kinds = {type(layer) for layer in layers}
     if HSRLayer not in kinds:
         window = getattr(decoder, "sliding_window", None)
@@ -160,9 +176,9 @@ def _layers(config: Any, decoder: Any, policy: Policy, collect: bool) -> list[An
     return layers
 
 
-def _layer(dense: Any, policy: Policy, model: ModelShape, collect: bool) -> Any:
+def _layer(dense: Any, new: Callable[[], HSRLayer]) -> Any:
     if type(dense) is DynamicLayer:
-        return HSRLayer(policy, model, collect)
+        return new()
     if type(dense) is DynamicSlidingWindowLayer:
         return DenseSlidingLayer(dense.sliding_window)
     if type(dense).__name__ in _WITHOUT_KEYS:

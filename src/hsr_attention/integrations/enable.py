@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,12 +19,18 @@ _PREPARE = "_prepare_cache_for_generation"
 
 
 @contextmanager
-def enable(model: PreTrainedModel, policy: Policy | None = None) -> Iterator[PreTrainedModel]:
+def enable(
+    model: PreTrainedModel,
+    policy: Policy | None = None,
+    *,
+    storage: str = "memory",
+    directory: str | os.PathLike[str] | None = None,
+) -> Iterator[PreTrainedModel]:
     """Let ``model`` attend by ``policy`` inside the block, and leave it as it was after.
 
     ``model.generate(...)`` and ``model(...)`` without a cache get an ``HSRCache``; code that
     passes none (pipelines, lm-eval) needs no change. Only this model changes, nothing global.
-    Blocks nest: the innermost policy holds.
+    Blocks nest: the innermost policy holds. ``storage`` and ``directory`` are those of the caches.
 
     Raises
     ------
@@ -34,7 +41,7 @@ def enable(model: PreTrainedModel, policy: Policy | None = None) -> Iterator[Pre
         raise TypeError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}"
         )
-    new_cache = partial(HSRCache, model.config, policy)
+    new_cache = partial(HSRCache, model.config, policy, storage=storage, directory=directory)
     policy = new_cache().policy  # refuses what cannot work before anything changes
     with ExitStack() as undo:
         _use_hsr(model, undo)

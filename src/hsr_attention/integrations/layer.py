@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from hsr_attention.attention.certificate import Certificate
+from hsr_attention.integrations import torch_ops
+from hsr_attention.integrations.compiled import CompiledLayer
 from hsr_attention.kv_cache import KVCache
 from hsr_attention.policies import Policy
 
@@ -150,20 +153,36 @@ class HSRLayer(CacheLayerMixin):
         The model the cache is for.
     collect : bool
         Compute the certificate of every decoding step and keep it for ``statistics``.
+    storage, directory
+        Of keys and values, as in ``KVCache``.
     """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, policy: Policy, model: ModelShape, collect: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        model: ModelShape,
+        collect: bool = False,
+        *,
+        storage: str = "memory",
+        directory: str | os.PathLike[str] | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.model = model
-        self.rows = KVCache(policy)
+        self._place: Any = {"storage": storage, "directory": directory}
+        self.rows = KVCache(policy, **self._place)
         self._certificates: list[Certificate] | None = [] if collect else None
         self._value_max = 0.0
         self.batch_rows = 0
+        # Inside torch.compile: what stands for this layer, and its tokens as Python counts them.
+        self._compiled = CompiledLayer(self)
+        self._state = self._compiled.state
+        self._numbers = self._state.numpy()  # the same memory, quicker to write
+        self._tokens = 0
 
     def __repr__(self) -> str:
         """Return the policy and the length."""
@@ -171,7 +190,8 @@ class HSRLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict) -> HSRLayer:
         """Copy the tokens (and code them again), for a prefix that serves several prompts."""
-        copy = HSRLayer(self.policy, self.model, self._certificates is not None)
+        collect = self._certificates is not None
+        copy = HSRLayer(self.policy, self.model, collect, **self._place)
         if len(self.rows):
             copy.update(*self.tensors())
         return copy
@@ -199,31 +219,52 @@ class HSRLayer(CacheLayerMixin):
         if torch.is_autocast_enabled("cpu"):  # rotary embeddings leave float32 keys beside values
             dtype = torch.get_autocast_dtype("cpu")
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if torch.compiler.is_compiling():
+            torch_ops.append(self._state, key_states, value_states)
+            self._tokens += key_states.shape[2]
+            return self._state, value_states
         is_fresh = len(self.rows) == 0
-        self.rows.append(key_states, value_states)
-        self.batch_rows = key_states.shape[0]
-        if self._certificates is not None and value_states.numel():
-            self._value_max = max(self._value_max, float(value_states.detach().abs().max()))
+        self.append(key_states, value_states)
+        self._count()
         return (
             CachedRows.of(self, key_states, is_fresh),
             CachedRows.of(self, value_states, is_fresh),
         )
 
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Append keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.rows.append(keys, values)
+        self.batch_rows = keys.shape[0]
+        if self._certificates is not None and values.numel():
+            self._value_max = max(self._value_max, float(values.detach().abs().max()))
+
+    def _count(self) -> None:
+        """Tell compiled code what eager code did to the rows."""
+        self._tokens = len(self.rows)
+        self._numbers[1] = self._tokens
+
     def forget_newest(self, rows: CachedRows) -> None:
         """Undo the append that returned ``rows``, if it was the last one."""
         length = torch.Tensor.size(rows, 2)
         if len(self.rows) == length:
-            self._keep(length - rows.new_tokens)
+            self.keep(length - rows.new_tokens)
+            self._count()
 
     def attend(
-        self, query: torch.Tensor, scale: float | None, mask: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        scale: float | None,
+        mask: torch.Tensor | None,
+        tokens: int | None = None,
     ) -> torch.Tensor:
         """Attend from the newest m positions; query [batch, heads, m, head_dim]."""
         if self._certificates is None:
-            return self.rows.attend(query, scale, mask=mask)
-        out, certificate = self.rows.attend(query, scale, mask=mask, return_certificate=True)
+            return self.rows.attend(query, scale, mask=mask, tokens=tokens)
+        out, certificate = self.rows.attend(
+            query, scale, mask=mask, return_certificate=True, tokens=tokens
+        )
         self._certificates.append(certificate)
         return out
 
@@ -268,11 +309,11 @@ class HSRLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (number of keys after this step, position of the first)."""
-        return len(self.rows) + int(query_length), 0
+        return self.get_seq_length() + int(query_length), 0
 
     def get_seq_length(self) -> int:
         """Return the number of cached tokens."""
-        return len(self.rows)
+        return self._tokens if torch.compiler.is_compiling() else len(self.rows)
 
     def get_max_length(self) -> int:
         """Return -1: no limit."""
@@ -280,8 +321,9 @@ class HSRLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens and statistics."""
-        self.rows = KVCache(self.policy)
+        self.rows = KVCache(self.policy, **self._place)
         self._value_max, self.batch_rows, self.is_initialized = 0.0, 0, False
+        self._count()
         if self._certificates is not None:
             self._certificates = []
 
@@ -292,7 +334,8 @@ class HSRLayer(CacheLayerMixin):
                 "tokens_to_remove must be <= 0 (minus the number of tokens to remove), got "
                 f"{tokens_to_remove}"
             )
-        self._keep(max(len(self.rows) + int(tokens_to_remove), 0))
+        self.keep(max(len(self.rows) + int(tokens_to_remove), 0))
+        self._count()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make batch row i the former row ``beam_idx[i]``."""
@@ -309,21 +352,22 @@ class HSRLayer(CacheLayerMixin):
         if len(self.rows):
             self._select(torch.arange(self.batch_rows)[indices])
 
-    def _keep(self, tokens: int) -> None:
+    def keep(self, tokens: int) -> None:
+        """Keep the first ``tokens`` tokens."""
         if tokens:
             self.rows.crop(tokens)
         else:  # an empty cache takes tokens of any shape
-            self.rows = KVCache(self.policy)
+            self.rows = KVCache(self.policy, **self._place)
 
     def _select(self, batch_indices: torch.Tensor) -> None:
         self.rows.reorder(batch_indices)
         self.batch_rows = len(batch_indices)
 
     def offload(self) -> None:
-        """Do nothing: the rows are in main memory already."""
+        """Do nothing: the rows are on the CPU already."""
 
     def prefetch(self) -> None:
-        """Do nothing: the rows are in main memory already."""
+        """Do nothing: the rows are on the CPU already."""
 
 
 class DenseSlidingLayer(DynamicSlidingWindowLayer):
