@@ -240,7 +240,7 @@ bool ConvexLayers::collect(const Query& query, double threshold, Growable<Packed
         if (!node.searched) {
             const auto take = [&](int64_t begin, int64_t end) {
                 const size_t found = loops.scan(blocks_.data(), 2, begin, end, wanted, order_.data(),
-                                                    hits.room(size_t(end - begin + kLanes)));
+                                                hits.room(size_t(end - begin + kLanes)));
                 hits.added(found);
                 budget -= kHitCost * double(found);
                 return found;

@@ -110,7 +110,8 @@ template <int D>
 inline unsigned screened(const float* keys, int dim, const float* query32, float screen) {
     unsigned blocks = 0;
     for (int b = 0; b < kGroup; ++b)
-        blocks |= unsigned(not_below(score_block32<D>(keys + b * kLanes * (D ? D : dim), dim, query32), screen) != 0) << b;
+        blocks |= unsigned(not_below(score_block32<D>(keys + b * kLanes * (D ? D : dim), dim, query32), screen) != 0)
+                  << b;
     return blocks;
 }
 
@@ -368,8 +369,7 @@ unsigned any_classify(const float* volumes, int dim, const HalfSpace& half, cons
 namespace HSR_TREE_LEVEL {
 const Kernels& table() {
     static const Kernels kernels{
-        HSR_TREE_NAME(HSR_TREE_LEVEL), any_scan,     any_scan_rows, any_count, any_score,
-        any_bounds,                    any_classify, spread};
+        HSR_TREE_NAME(HSR_TREE_LEVEL), any_scan, any_scan_rows, any_count, any_score, any_bounds, any_classify, spread};
     return kernels;
 }
 }  // namespace HSR_TREE_LEVEL

@@ -331,8 +331,8 @@ unsigned PartitionTree::classify(const Kernels& loops, size_t index, const HalfS
     return loops.classify(volumes(index), dim(), half, &cells) & node.present;
 }
 
-// The queries walk the tree together: a node is tested, and its leaves are read, for all queries that cross it. Children
-// are opened in the order of their positions, so that everything before `begin` of the next node is settled. A
+// The queries walk the tree together: a node is tested, and its leaves are read, for all queries that cross it.
+// Children are opened in the order of their positions, so that everything before `begin` of the next node is settled. A
 // query that is behind the pace of a scan by kHeadStart scans the rest: it costs at most so much more. Leaves are
 // read a few steps after they were found, when their cache lines have come.
 struct PartitionTree::Walk {
@@ -387,8 +387,7 @@ struct PartitionTree::Walk {
             Which which;
         };
         Visit stack[kFan * 12];  // 8^11 leaves are more than int32 positions
-        const double scan = scan_cost(tree.dim(), tree.size()),
-                     pace = scan / double(std::max<int64_t>(tree.size(), 1));
+        const double scan = scan_cost(tree.dim(), tree.size()), pace = scan / double(std::max<int64_t>(tree.size(), 1));
         for (Which rest = which; rest; rest &= rest - 1)
             members[__builtin_ctzll(rest)].spent =
                 always ? -std::numeric_limits<double>::infinity() : -kHeadStart * scan;
@@ -451,8 +450,8 @@ void PartitionTree::walk(const Tile& tile, Which which, Gathered* gathered, Coun
         member.wanted = search(query, tile.thresholds[i]);
         member.everything = search(query, -std::numeric_limits<double>::infinity());
         gathered[i].hits.clear();
-        gathered[i].scan = !always && size() >= 16 * kSample &&
-                           loops.count(sample_.data(), dim(), 0, kSample, member.wanted) >= kDeep;
+        gathered[i].scan =
+            !always && size() >= 16 * kSample && loops.count(sample_.data(), dim(), 0, kSample, member.wanted) >= kDeep;
         if (gathered[i].scan)
             which &= ~(rest & -rest);
         else

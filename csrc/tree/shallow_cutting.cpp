@@ -284,8 +284,7 @@ void ShallowCutting::gather(const Tile& tile, Which which, Gathered* gathered, C
 }
 
 int64_t ShallowCutting::count(const Query& query, double threshold, Rows& rows) const {
-    if (!scan_lists(query, threshold, rows.scratch, rows.counters))
-        return PartitionTree::count(query, threshold, rows);
+    if (!scan_lists(query, threshold, rows.scratch, rows.counters)) return PartitionTree::count(query, threshold, rows);
     // Keys of equal height may stand in two lists' parts that were read.
     sort_hits(rows.scratch, rows.sorted, size());
     PackedHit* const hits = rows.scratch.data();
