@@ -67,10 +67,11 @@ def bench_prefill(
         )
         show, draw = _print_model, "first_token"
     else:
-        chosen, made = None if layers is None else options.numbers(layers, "--layers"), options.shape(shape)
-        result = _attention(
-            keys, lengths, chosen, made, str(dtype), wanted, rounds, threads, seed
+        chosen, made = (
+            None if layers is None else options.numbers(layers, "--layers"),
+            options.shape(shape),
         )
+        result = _attention(keys, lengths, chosen, made, str(dtype), wanted, rounds, threads, seed)
         show, draw = _print_attention, "prefill_speed"
     result |= {"rounds": rounds, "machine": options.machine()}
     title = f"{result['source']}; {dtype}, {result['machine']['num_threads']} threads"

@@ -27,7 +27,9 @@ from hsr_attention.prefill import attend_once
 
 HSR = "hsr"
 CHECKED = 48  # positions of a prompt whose rows, of all heads, are compared with float64
-CONTENDERS = 1.3  # dense paths that the check shows to be slower than the fastest by this are not timed
+CONTENDERS = (
+    1.3  # dense paths that the check shows to be slower than the fastest by this are not timed
+)
 # Products of int8 matrices of 1024 rows by torch (oneDNN), timed in turn with the rest: the 8-bit
 # rate that a tuned library reaches on this machine at this time, not the one of a data sheet.
 INTEGER_PRODUCTS = 4
@@ -104,7 +106,11 @@ def _dense_softmax(heads: Heads) -> dict[str, Callable[[], Any]]:
             out[:, :, start:end] = torch.bmm(weights, v[0, :, :end]).view(*logits.shape[:3], -1)
         return out.flatten(0, 1)[None]
 
-    return {"sdpa, keys repeated": repeated, "sdpa, enable_gqa": grouped, "matmul, chunks": chunked}
+    return {
+        "sdpa, keys repeated": repeated,
+        "sdpa, enable_gqa": grouped,
+        "matmul, chunks": chunked,
+    }
 
 
 def _dense_relu(heads: Heads, b: Any, power: int) -> dict[str, Callable[[], Any]]:
@@ -214,7 +220,10 @@ def measure(
         b = limits(heads, policy)
         paths = dense_paths(heads, policy, b)
         row, first = _check(heads, policy, attend, paths, b)
-        for name, path in paths.items():  # the first run of a path makes what torch keeps for later
+        for (
+            name,
+            path,
+        ) in paths.items():  # the first run of a path makes what torch keeps for later
             if first[name] > CONTENDERS * min(first.values()):
                 first[name] = min(first[name], _seconds(path))
         kept = {x: paths[x] for x in paths if first[x] <= CONTENDERS * min(first.values())}
