@@ -12,8 +12,7 @@ import time
 
 import numpy as np
 
-from hsr_attention.attention.sparse_rows import relu_rows, softmax_rows
-from hsr_attention.indexes.convex_layers import ConvexLayersIndex
+from hsr_attention import ConvexLayersIndex, relu_attention, softmax_attention
 
 VALUE_DIM = 8
 NEEDED = 500  # positions a token looks up
@@ -47,10 +46,11 @@ def main():
         sharpness = 12 / (1 - threshold)  # what is outside weighs less than e^-12
 
         start = time.perf_counter()
-        report = index.report(queries, threshold)
-        pairs = {"queries": queries, "keys": keys[:n]}
-        relu = relu_rows(report, values[:n], threshold=threshold, **pairs)
-        softmax = softmax_rows(report, values[:n], scale=sharpness, **pairs)
+        head = queries[None, None], keys[None, None, :n], values[None, None, :n]
+        relu = relu_attention(*head, threshold=threshold, scale=1.0, index=index)[0, 0]
+        softmax = softmax_attention(
+            *head, threshold=sharpness * threshold, scale=sharpness, index=index
+        )[0, 0]
         sparse_time = time.perf_counter() - start
 
         start = time.perf_counter()
@@ -58,13 +58,14 @@ def main():
         exact_relu = dense(np.maximum(scores - threshold, 0), values[:n])
         dense_time = time.perf_counter() - start
         weights = np.exp(sharpness * (scores - scores.max(axis=1, keepdims=True)))
+        scored = index.report(queries, threshold).work.keys_scored
         errors = (
             abs(relu - exact_relu).max(),
             abs(softmax - dense(weights, values[:n])).max(),
         )
         print(
             f"{n:8} {1e6 * sparse_time / QUERIES:9.1f} {1e6 * dense_time / QUERIES:10.1f} "
-            f"{report.work.keys_scored / QUERIES:13.0f}   {errors[0]:.0e}, {errors[1]:.0e}"
+            f"{scored / QUERIES:13.0f}   {errors[0]:.0e}, {errors[1]:.0e}"
         )
     print(
         "ReLU attention over the report is exact; softmax leaves out what weighs e^-12 and less."

@@ -63,6 +63,12 @@ void require_finite(const char* name, const Keys& rows) {
     }
 }
 
+void require_numbers(const Doubles& thresholds) {
+    const double* data = thresholds.data();
+    for (size_t i = 0; i < thresholds.shape(0); ++i)
+        if (std::isnan(data[i])) throw nb::value_error("thresholds must not be NaN");
+}
+
 nb::tuple live_of(int dim, const std::vector<const StaticIndex*>& parts) {
     size_t n = 0;
     for (const StaticIndex* part : parts) n += size_t(part->live());
@@ -173,6 +179,7 @@ void init_trees(nb::module_& m) {
             "report",
             [](const Forest& self, Keys queries, Doubles thresholds) {
                 require_finite("queries", queries);
+                require_numbers(thresholds);
                 Report report;
                 {
                     nb::gil_scoped_release release;
@@ -185,6 +192,7 @@ void init_trees(nb::module_& m) {
             "count",
             [](const Forest& self, Keys queries, Doubles thresholds) {
                 require_finite("queries", queries);
+                require_numbers(thresholds);
                 std::vector<int64_t> counts;
                 {
                     nb::gil_scoped_release release;

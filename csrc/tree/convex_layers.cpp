@@ -11,8 +11,8 @@ namespace hsr::tree {
 namespace {
 
 constexpr int32_t kLeaf = 128;     // points that are scanned without a layer
-constexpr int32_t kScanned = 128;  // vertices of a layer that are scanned
-constexpr int kLayers = 8;         // most layers in a node
+constexpr int32_t kScanned = 256;  // vertices of a layer that are scanned
+constexpr int kLayers = 16;        // most layers in a node
 constexpr int32_t kSampled = 4;    // every kSampled-th entry of a child's catalogue is in its parent's
 constexpr double kScanShare = 0.15, kHitCost = 4.0, kNodeCost = 25.0, kKeyCost = 0.7;  // see partition_tree.cpp
 
@@ -219,9 +219,10 @@ int64_t ConvexLayers::extreme(const Node& node, int32_t entry, const Query& quer
     return node.begin + i;
 }
 
-bool ConvexLayers::collect(const Query& query, double threshold, Rows& rows) const {
-    rows.scratch.clear();
+bool ConvexLayers::collect(const Query& query, double threshold, Growable<PackedHit>& hits, Counters& counters) const {
+    hits.clear();
     if (nodes_.empty()) return true;
+    const Kernels& loops = kernels();
     double budget = kScanShare * double(size()) * kKeyCost;
     const double angle = std::atan2(query.q[1], query.q[0]);
     const Search wanted = search(query, threshold);
@@ -234,19 +235,19 @@ bool ConvexLayers::collect(const Query& query, double threshold, Rows& rows) con
     while (top) {
         const Visit visit = stack[--top];
         const Node& node = nodes_[size_t(visit.node)];
-        ++rows.counters.nodes;
+        ++counters.nodes;
         bool open;
         if (!node.searched) {
             const auto take = [&](int64_t begin, int64_t end) {
-                const size_t found = kernels().scan(blocks_.data(), 2, begin, end, wanted, order_.data(),
-                                                    rows.scratch.room(size_t(end - begin + kLanes)));
-                rows.scratch.added(found);
+                const size_t found = loops.scan(blocks_.data(), 2, begin, end, wanted, order_.data(),
+                                                hits.room(size_t(end - begin + kLanes)));
+                hits.added(found);
                 budget -= kHitCost * double(found);
                 return found;
             };
             const size_t innermost = take(node.inner, node.end);
             if (node.inner > node.begin) take(node.begin, node.inner);
-            rows.counters.scored += node.end - node.begin;
+            counters.scored += node.end - node.begin;
             budget -= kNodeCost;
             open = innermost > 0;
         } else {
@@ -254,12 +255,12 @@ bool ConvexLayers::collect(const Query& query, double threshold, Rows& rows) con
             int64_t walked = 0;
             const auto take = [&](int64_t position) {
                 const double found = score(position, query);
-                ++rows.counters.scored;
+                ++counters.scored;
                 if (!(found >= threshold)) return false;
                 const float rounded = float(found);
                 uint32_t bits;
                 __builtin_memcpy(&bits, &rounded, 4);
-                rows.scratch.push(uint64_t(uint32_t(order_[size_t(position)])) << 32 | bits);
+                hits.push(uint64_t(uint32_t(order_[size_t(position)])) << 32 | bits);
                 return ++walked, true;
             };
             open = take(start);
@@ -292,15 +293,16 @@ bool ConvexLayers::collect(const Query& query, double threshold, Rows& rows) con
     return true;
 }
 
-void ConvexLayers::report(const Query& query, double threshold, Rows& rows) const {
-    if (collect(query, threshold, rows))
-        append_sorted(rows);
-    else
-        StaticIndex::report(query, threshold, rows);
+void ConvexLayers::gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const {
+    for (; which; which &= which - 1) {
+        const int i = __builtin_ctzll(which);
+        gathered[i].scan = !collect(tile.queries[i], tile.thresholds[i], gathered[i].hits, counters);
+    }
 }
 
 int64_t ConvexLayers::count(const Query& query, double threshold, Rows& rows) const {
-    return collect(query, threshold, rows) ? count_live(rows) : StaticIndex::count(query, threshold, rows);
+    if (collect(query, threshold, rows.scratch, rows.counters)) return count_live(rows.scratch);
+    return StaticIndex::count(query, threshold, rows);
 }
 
 void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const {

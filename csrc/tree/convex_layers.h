@@ -26,7 +26,7 @@ class ConvexLayers : public StaticIndex {
 public:
     ConvexLayers(int64_t size, const float* keys, const int64_t* ids);
 
-    void report(const Query& query, double threshold, Rows& rows) const override;
+    void gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const override;
     int64_t count(const Query& query, double threshold, Rows& rows) const override;
     void top(const Query& query, Best& best, Counters& counters) const override;
     int64_t nbytes() const override;
@@ -52,7 +52,8 @@ private:
     struct Builder;
     struct Walk;
 
-    bool collect(const Query& query, double threshold, Rows& rows) const;
+    // False where a scan is cheaper.
+    bool collect(const Query& query, double threshold, Growable<PackedHit>& hits, Counters& counters) const;
     int32_t locate(const Node& node, double angle) const;
     int32_t follow(const Node& child, int32_t entry, double angle) const;
     int64_t extreme(const Node& node, int32_t entry, const Query& query) const;

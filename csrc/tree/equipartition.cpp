@@ -238,10 +238,10 @@ void bound_cell(Frame& frame, int cell, const float* keys, int64_t count) {
         reach += largest[j] + std::fabs(frame.apex[j]);
         for (int i = 0; i < D; ++i)
             reach += std::fabs(frame.edge[i][j]) * std::max(std::fabs(low[i]), std::fabs(high[i]));
-        frame.low[cell][j] = low[j];
-        frame.high[cell][j] = high[j];
+        frame.boxes[j * 8 + cell] = low[j];
+        frame.boxes[(D + j) * 8 + cell] = high[j];
     }
-    frame.residual[cell] = std::sqrt(square) + 32 * kUnit * reach;
+    frame.boxes[2 * D * 8 + cell] = std::sqrt(square) + 32 * kUnit * reach;
 }
 
 }  // namespace

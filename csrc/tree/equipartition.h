@@ -19,9 +19,10 @@ constexpr int64_t kFrameCell = 4096;
 // cell itself: <q, x> = <q, p> + sum_i <q, e_i> lambda_i.
 struct Frame {
     double normal[3][3], offset[3];
-    double apex[3], edge[3][3];    // edge[i] = e_i
-    double low[8][3], high[8][3];  // of lambda over the keys of each cell
-    double residual[8];            // >= |x - p - e lambda| over the keys of each cell, rounding included
+    double apex[3], edge[3][3];  // edge[i] = e_i
+    // Of the keys of each cell: low[dim][8], then high[dim][8], of lambda; then residual[8] >= |x - p - e lambda|,
+    // rounding included.
+    double boxes[7 * 8];
 };
 
 // keys [n][dim], dim 2 or 3; `items` are rows of keys. On success sets the normals, offsets, apex and edges of

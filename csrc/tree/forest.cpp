@@ -55,19 +55,19 @@ void Forest::replace(size_t at, std::shared_ptr<StaticIndex> part) {
         parts_.erase(parts_.begin() + std::ptrdiff_t(at));
 }
 
-// Rows are made in runs, a run a task, and the runs joined.
-template <class Row>
-Report Forest::rows(int64_t count, Row row) const {
-    const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(count, num_threads() == 1 ? 1 : 4 * num_threads()));
+// Rows are made in runs, a run a task, and the runs joined. `make` makes the rows [begin, end) and calls `done` after
+// each.
+template <class Make>
+Report Forest::rows(int64_t count, Make make) const {
+    const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(count, num_threads() == 1 ? 1 : 2 * num_threads()));
     std::vector<Rows> parts(static_cast<size_t>(runs));
     Report result;
     result.indptr.assign(size_t(count) + 1, 0);
     const auto work = [&](size_t run) {
         Rows& rows = parts[run];
-        for (int64_t i = count * int64_t(run) / runs; i < count * int64_t(run + 1) / runs; ++i) {
-            row(i, rows);
-            result.indptr[size_t(i) + 1] = int64_t(rows.ids.size());  // inside the run
-        }
+        const int64_t begin = count * int64_t(run) / runs, end = count * int64_t(run + 1) / runs;
+        // Inside the run; what was before is added below.
+        make(begin, end, rows, [&](int64_t i) { result.indptr[size_t(i) + 1] = int64_t(rows.ids.size()); });
     };
     parts[0].alone = count == 1;
     if (runs == 1)
@@ -99,30 +99,79 @@ Report Forest::rows(int64_t count, Row row) const {
     return result;
 }
 
+namespace {
+
+constexpr size_t kKeptHits = 1 << 13;  // larger buffers are given back after use
+
+// Memory that a thread uses again from call to call.
+struct Bench {
+    Tile tile;
+    std::vector<Gathered> gathered;  // [part][kTile]
+
+    void clear(size_t parts, int size) {
+        if (gathered.size() < parts * kTile) gathered.resize(parts * kTile);
+        for (size_t part = 0; part < parts; ++part)
+            for (int i = 0; i < size; ++i) {
+                Gathered& each = gathered[part * kTile + size_t(i)];
+                each.scan = false;
+                each.hits.clear();
+            }
+    }
+};
+
+}  // namespace
+
 Report Forest::report(const float* queries, int64_t count, const double* thresholds) const {
-    return rows(count, [&](int64_t i, Rows& rows) {
-        const Query query(queries + i * dim_, dim_);
-        for_parts([&](const StaticIndex& part) { part.report(query, thresholds[i], rows); });
+    return rows(count, [&](int64_t begin, int64_t end, Rows& rows, auto done) {
+        thread_local Bench bench;
+        const size_t parts = parts_.size() + 1;
+        for (int64_t first = begin; first < end; first += kTile) {
+            Tile& tile = bench.tile;
+            tile.size = int(std::min<int64_t>(kTile, end - first));
+            for (int i = 0; i < tile.size; ++i) {
+                tile.queries[i].set(queries + (first + i) * dim_, dim_);
+                tile.thresholds[i] = thresholds[first + i];
+            }
+            bench.clear(parts, tile.size);
+            const Which all = ~Which(0) >> (kTile - tile.size);
+            size_t at = 0;
+            for_parts([&](const StaticIndex& part) {
+                part.gather(tile, all, bench.gathered.data() + kTile * at++, rows.counters);
+            });
+            for (int i = 0; i < tile.size; ++i) {
+                at = 0;
+                for_parts([&](const StaticIndex& part) {
+                    Gathered& gathered = bench.gathered[kTile * at++ + size_t(i)];
+                    part.report(tile.queries[i], tile.thresholds[i], gathered, rows);
+                    gathered.hits.trim(kKeptHits);
+                });
+                done(first + i);
+            }
+        }
     });
 }
 
 std::vector<int64_t> Forest::count(const float* queries, int64_t count, const double* thresholds) const {
     std::vector<int64_t> totals(size_t(count), 0);
-    rows(count, [&](int64_t i, Rows& rows) {
-        const Query query(queries + i * dim_, dim_);
-        for_parts([&](const StaticIndex& part) { totals[size_t(i)] += part.count(query, thresholds[i], rows); });
+    rows(count, [&](int64_t begin, int64_t end, Rows& rows, auto) {
+        for (int64_t i = begin; i < end; ++i) {
+            const Query query(queries + i * dim_, dim_);
+            for_parts([&](const StaticIndex& part) { totals[size_t(i)] += part.count(query, thresholds[i], rows); });
+        }
     });
     return totals;
 }
 
 Report Forest::top(const float* queries, int64_t count, int64_t r) const {
     const size_t wanted = size_t(std::min(r, live()));
-    return rows(count, [&](int64_t i, Rows& rows) {
-        if (!wanted) return;
-        const Query query(queries + i * dim_, dim_);
-        Best best(wanted);
-        for_parts([&](const StaticIndex& part) { part.top(query, best, rows.counters); });
-        best.write(rows);
+    return rows(count, [&](int64_t begin, int64_t end, Rows& rows, auto done) {
+        for (int64_t i = begin; i < end; ++i, done(i - 1)) {
+            if (!wanted) continue;
+            const Query query(queries + i * dim_, dim_);
+            Best best(wanted);
+            for_parts([&](const StaticIndex& part) { part.top(query, best, rows.counters); });
+            best.write(rows);
+        }
     });
 }
 

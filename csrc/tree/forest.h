@@ -44,8 +44,8 @@ public:
     Report top(const float* queries, int64_t count, int64_t r) const;
 
 private:
-    template <class Row>
-    Report rows(int64_t count, Row row) const;
+    template <class Make>
+    Report rows(int64_t count, Make make) const;
     template <class Do>
     void for_parts(Do what) const {
         for (const auto& part : parts_) what(*part);

@@ -57,6 +57,13 @@ public:
         if (size > capacity_) grow(size);
         size_ = size;
     }
+    void trim(size_t most) {  // empties, and gives back memory for more than `most`
+        size_ = 0;
+        if (capacity_ <= most) return;
+        std::free(data_);
+        data_ = nullptr;
+        capacity_ = 0;
+    }
     T* release() {
         if (!data_) grow(1);
         size_ = capacity_ = 0;

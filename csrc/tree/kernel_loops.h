@@ -8,6 +8,7 @@
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, false, inside avx512fintrin.h
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace hsr::tree {
@@ -35,6 +36,22 @@ inline unsigned at_least(f64x8 x, double threshold) {
 #else
     unsigned mask = 0;
     for (int i = 0; i < kLanes; ++i) mask |= unsigned(x[i] >= threshold) << i;
+    return mask;
+#endif
+}
+
+inline unsigned below(f64x8 x, double threshold) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(threshold), _CMP_LT_OQ);
+#elif defined(__AVX2__)
+    __m256d half[2];
+    __builtin_memcpy(half, &x, sizeof half);
+    const __m256d limit = _mm256_set1_pd(threshold);
+    return unsigned(_mm256_movemask_pd(_mm256_cmp_pd(half[0], limit, _CMP_LT_OQ))) |
+           unsigned(_mm256_movemask_pd(_mm256_cmp_pd(half[1], limit, _CMP_LT_OQ))) << 4;
+#else
+    unsigned mask = 0;
+    for (int i = 0; i < kLanes; ++i) mask |= unsigned(x[i] < threshold) << i;
     return mask;
 #endif
 }
@@ -87,17 +104,55 @@ inline unsigned lanes_in_range(int64_t block, int64_t begin, int64_t end) {
     return mask;
 }
 
+// The blocks of [block, block + kGroup) with a key that the screen lets through, as bits.
+constexpr int kGroup = 4;
+template <int D>
+inline unsigned screened(const float* keys, int dim, const float* query32, float screen) {
+    unsigned blocks = 0;
+    for (int b = 0; b < kGroup; ++b)
+        blocks |= unsigned(not_below(score_block32<D>(keys + b * kLanes * (D ? D : dim), dim, query32), screen) != 0)
+                  << b;
+    return blocks;
+}
+
+template <int D>
+inline unsigned without_excluded(const float* keys, int dim, const Search& search, unsigned mask) {
+    for (int i = 0; i < search.exclusions; ++i) {
+        const f64x8 scores = score_block<D>(keys, dim, search.excluded[i]);
+        unsigned above = 0;
+        for (int lane = 0; lane < kLanes; ++lane) above |= unsigned(scores[lane] > search.excluded_above[i]) << lane;
+        mask &= ~above;
+    }
+    return mask;
+}
+
+// emit(position of the first lane, scores, mask) for every block with a hit, and some without.
 template <int D, class Emit>
 inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search, Emit emit) {
     const int64_t last = (end - 1) / kLanes;
-    const Search wanted = search;
-    for (int64_t block = begin / kLanes; block <= last; ++block) {
-        const float* keys = blocks + block * kLanes * (D ? D : dim);
-        if (wanted.query32 && !not_below(score_block32<D>(keys, dim, wanted.query32), wanted.screen)) continue;
-        const f64x8 scores = score_block<D>(keys, dim, wanted.query);
-        const unsigned mask = at_least(scores, wanted.threshold) & lanes_in_range(block, begin, end);
-        if (mask) emit(block * kLanes, scores, mask);
+    const int64_t stride = kLanes * (D ? D : dim);
+    const double* const query = search.query;
+    const double threshold = search.threshold;
+    const bool exclusions = search.exclusions > 0;
+    const auto decide = [&](int64_t block) {
+        const float* keys = blocks + block * stride;
+        const f64x8 scores = score_block<D>(keys, dim, query);
+        unsigned mask = at_least(scores, threshold) & lanes_in_range(block, begin, end);
+        if (exclusions && mask) mask = without_excluded<D>(keys, dim, search, mask);
+        emit(block * kLanes, scores, mask);
+    };
+    int64_t block = begin / kLanes;
+    const float* const query32 = search.query32;
+    if (!query32) {
+        for (; block <= last; ++block) decide(block);
+        return;
     }
+    const float screen = search.screen;
+    for (; block + kGroup <= last + 1; block += kGroup)
+        for (unsigned open = screened<D>(blocks + block * stride, dim, query32, screen); open; open &= open - 1)
+            decide(block + __builtin_ctz(open));
+    for (; block <= last; ++block)
+        if (not_below(score_block32<D>(blocks + block * stride, dim, query32), screen)) decide(block);
 }
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
@@ -132,15 +187,9 @@ size_t scan(const float* blocks, int dim, int64_t begin, int64_t end, const Sear
             PackedHit* hits) {
     PackedHit* out = hits;
     if (begin >= end) return 0;
-    const Search wanted = search;
-    const int64_t last = (end - 1) / kLanes;
-    for (int64_t block = begin / kLanes; block <= last; ++block) {
-        const float* keys = blocks + block * kLanes * (D ? D : dim);
-        if (wanted.query32 && !not_below(score_block32<D>(keys, dim, wanted.query32), wanted.screen)) continue;
-        const f64x8 scores = score_block<D>(keys, dim, wanted.query);
-        const unsigned mask = at_least(scores, wanted.threshold) & lanes_in_range(block, begin, end);
-        out += pack_hits(block * kLanes, scores, mask, ids, out);
-    }
+    for_hits<D>(blocks, dim, begin, end, search, [&](int64_t first, const f64x8& scores, unsigned mask) {
+        out += pack_hits(first, scores, mask, ids, out);
+    });
     return size_t(out - hits);
 }
 
@@ -184,20 +233,86 @@ void score(const float* blocks, int dim, int64_t begin, int64_t end, const doubl
     }
 }
 
+inline f64x8 load8(const double* from) {
+    f64x8 value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return value;
+}
+
+// A NaN, from an infinite radius times 0, stays one, and a cell with one is neither inside nor outside.
 template <int D>
-void bounds(const float* volumes, int dim, const double* query, const double* magnitude, double norm, double* middle,
-            double* spread) {
+inline void limits(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame, f64x8& low,
+                   f64x8& high) {
     const int d = D ? D : dim;
-    const float* half = volumes + d * kLanes;
-    f64x8 centre = load8(volumes) * query[0], box = load8(half) * magnitude[0];
+    const float* widths = volumes + d * kLanes;
+    f64x8 centre = load8(volumes) * half.query[0], box = load8(widths) * half.magnitude[0];
     for (int j = 1; j < d; ++j) {
-        centre += load8(volumes + j * kLanes) * query[j];
-        box += load8(half + j * kLanes) * magnitude[j];
+        centre += load8(volumes + j * kLanes) * half.query[j];
+        box += load8(widths + j * kLanes) * half.magnitude[j];
     }
-    const f64x8 ball = load8(half + d * kLanes) * norm;
-    const f64x8 tighter = ball < box ? ball : box;
-    __builtin_memcpy(middle, &centre, sizeof centre);
-    __builtin_memcpy(spread, &tighter, sizeof tighter);
+    const f64x8 ball = load8(widths + d * kLanes) * half.norm;
+    const f64x8 spread = ball < box ? ball : box;
+    low = half.shift + centre - spread - half.slack;
+    high = half.shift + centre + spread + half.slack;
+    if (D > 3 || !frame) return;
+    const double* boxes = frame->boxes;
+    const f64x8 margin = load8(boxes + 2 * d * kLanes) * half.norm + half.slack;
+    f64x8 least = frame->at_apex - margin, most = frame->at_apex + margin;
+    for (int i = 0; i < d; ++i) {
+        const f64x8 a = load8(boxes + i * kLanes) * frame->slope[i];
+        const f64x8 b = load8(boxes + (d + i) * kLanes) * frame->slope[i];
+        least += a < b ? a : b;
+        most += a < b ? b : a;
+    }
+    low = least > low ? least : low;
+    high = most < high ? most : high;
+}
+
+template <int D>
+void bounds(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame, double* low, double* high) {
+    f64x8 least, most;
+    limits<D>(volumes, dim, half, frame, least, most);
+    __builtin_memcpy(low, &least, sizeof least);
+    __builtin_memcpy(high, &most, sizeof most);
+}
+
+template <int D>
+unsigned classify(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame) {
+    f64x8 low, high;
+    limits<D>(volumes, dim, half, frame, low, high);
+    const unsigned inside = at_least(low, half.threshold), outside = below(high, half.threshold);
+    return inside | (~(inside | outside) & 0xff) << kLanes;
+}
+
+size_t spread(PackedHit* hits, size_t n, int shift, size_t words, uint64_t* seen, uint32_t* before, int64_t first_id,
+              int64_t* ids, float* scores, PackedHit* rest) {
+    size_t placed = n, left = 0;
+    for (size_t i = 0; i < placed; ++i) {
+        const PackedHit hit = hits[i];
+        const uint64_t bucket = hit >> 32 >> shift, bit = uint64_t(1) << (bucket & 63);
+        const uint64_t old = seen[bucket >> 6];
+        if (__builtin_expect((old & bit) != 0, 0)) {
+            rest[left++] = hit;
+            hits[i--] = hits[--placed];
+            continue;
+        }
+        seen[bucket >> 6] = old | bit;
+    }
+    uint32_t total = 0;
+    for (size_t w = 0; w < words; ++w) {
+        before[w] = total;
+        total += uint32_t(__builtin_popcountll(seen[w]));
+    }
+    for (size_t i = 0; i < placed; ++i) {
+        const PackedHit hit = hits[i];
+        const uint64_t bucket = hit >> 32 >> shift, lower = (uint64_t(1) << (bucket & 63)) - 1;
+        const size_t rank = before[bucket >> 6] + size_t(__builtin_popcountll(seen[bucket >> 6] & lower));
+        const uint32_t bits = uint32_t(hit);
+        ids[rank] = first_id + int64_t(hit >> 32);
+        __builtin_memcpy(scores + rank, &bits, 4);
+    }
+    __builtin_memset(seen, 0, words * sizeof *seen);
+    return left;
 }
 
 // One entry that picks the compiled dimension: an indirect jump a call, outside every loop.
@@ -234,10 +349,15 @@ void any_score(const float* blocks, int dim, int64_t begin, int64_t end, const d
     HSR_BY_DIMENSION(score)
 #undef HSR_ARGUMENTS
 }
-void any_bounds(const float* volumes, int dim, const double* query, const double* magnitude, double norm,
-                double* middle, double* spread) {
-#define HSR_ARGUMENTS (volumes, dim, query, magnitude, norm, middle, spread)
+void any_bounds(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame, double* low,
+                double* high) {
+#define HSR_ARGUMENTS (volumes, dim, half, frame, low, high)
     HSR_BY_DIMENSION(bounds)
+#undef HSR_ARGUMENTS
+}
+unsigned any_classify(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame) {
+#define HSR_ARGUMENTS (volumes, dim, half, frame)
+    HSR_BY_DIMENSION(classify)
 #undef HSR_ARGUMENTS
 }
 #undef HSR_BY_DIMENSION
@@ -249,7 +369,7 @@ void any_bounds(const float* volumes, int dim, const double* query, const double
 namespace HSR_TREE_LEVEL {
 const Kernels& table() {
     static const Kernels kernels{
-        HSR_TREE_NAME(HSR_TREE_LEVEL), any_scan, any_scan_rows, any_count, any_score, any_bounds};
+        HSR_TREE_NAME(HSR_TREE_LEVEL), any_scan, any_scan_rows, any_count, any_score, any_bounds, any_classify, spread};
     return kernels;
 }
 }  // namespace HSR_TREE_LEVEL

@@ -29,6 +29,24 @@ struct Search {
     double threshold;
     const float* query32 = nullptr;
     float screen = 0;
+    // Keys that other searches have found: those with <excluded[i], key> > excluded_above[i] for an i.
+    const double* excluded[3] = {};
+    double excluded_above[3] = {};
+    int exclusions = 0;
+};
+
+// A half-space as cells see it: score = shift + <query, y> +- slack, in [.., ..] of one of eight cells.
+struct HalfSpace {
+    const double* query;
+    const double* magnitude;  // |query_j|
+    double norm, shift, slack, threshold;
+};
+
+// Eight cells of an equipartition: their boxes low[dim][8], high[dim][8] in its coordinates, residual[8], and
+// what the query makes of these: score = at_apex + sum_i slope[i] lambda_i +- (residual norm + slack).
+struct FrameCells {
+    const double* boxes;
+    double at_apex, slope[3];
 };
 
 struct Kernels {
@@ -44,10 +62,17 @@ struct Kernels {
     int64_t (*count)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search);
     // scores[p - begin] for p in [begin, end), where begin is a multiple of 8; writes whole blocks.
     void (*score)(const float* blocks, int dim, int64_t begin, int64_t end, const double* query, double* scores);
-    // Eight bounding volumes: float centre[dim][8], half_width[dim][8], radius[8]. Over volume c the score
-    // lies in middle[c] +- spread[c], before rounding.
-    void (*bounds)(const float* volumes, int dim, const double* query, const double* magnitude, double norm,
-                   double* middle, double* spread);
+    // Eight bounding volumes: float centre[dim][8], half_width[dim][8], radius[8]; with `frame`, tightened by the
+    // cells of an equipartition. Over volume c the score lies in [low[c], high[c]].
+    void (*bounds)(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame, double* low,
+                   double* high);
+    // Bits of the volumes inside the half-space, and of those crossed by its boundary << 8.
+    unsigned (*classify)(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame);
+    // One counting pass. The hits that are the first in their bucket (position >> shift) go to their places in the
+    // order, as position + first_id and score, and come first in `hits`; the others go to `rest`. `seen` has `words`
+    // zeros, a bit a bucket, and is left zero; `before` as many. Returns the size of `rest`.
+    size_t (*spread)(PackedHit* hits, size_t n, int shift, size_t words, uint64_t* seen, uint32_t* before,
+                     int64_t first_id, int64_t* ids, float* scores, PackedHit* rest);
 };
 
 // At the level that kernels/dispatch.cpp chose; follow_isa after it has chosen another.

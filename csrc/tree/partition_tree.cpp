@@ -5,6 +5,8 @@
 #include <limits>
 #include <queue>
 
+#include "threads.h"
+
 namespace hsr::tree {
 namespace {
 
@@ -88,27 +90,23 @@ void project(int dim, const float* rows, const float* direction, Item* items, in
 }  // namespace
 
 // Cuts runs of keys into nodes. `rows` is a copy of the keys that follows the tree order node by node, so that
-// small cells are contiguous when they are cut.
+// small cells are contiguous when they are cut. The subtrees of the root are built in parallel.
 struct PartitionTree::Builder {
+    struct Shared {
+        std::vector<float> rows;
+        std::vector<Item> items;
+    };
     PartitionTree& tree;
-    int dim;
-    std::vector<float> rows, spare;
+    Shared& shared;
+    const int dim = tree.dim();
+    std::vector<Node> nodes;
+    std::vector<Frame> frames;
+    std::vector<float> spare;
     std::vector<int32_t> spare_order;
-    std::vector<Item> items;
 
-    Builder(PartitionTree& owner, const float* keys, int64_t size)
-        : tree(owner), dim(owner.dim()), rows(keys, keys + size * owner.dim()), items(size_t(size)) {
-        tree.order_.resize(size_t(size));
-        for (int64_t i = 0; i < size; ++i) {
-            tree.order_[size_t(i)] = int32_t(i);
-            items[size_t(i)].row = int32_t(i);
-        }
-        if (size) build(0, int32_t(size));
-    }
+    Builder(PartitionTree& owner, Shared& keys) : tree(owner), shared(keys) {}
 
-    int32_t build(int32_t begin, int32_t end) {
-        const size_t index = tree.nodes_.size();
-        tree.nodes_.emplace_back();
+    Node cut(int32_t begin, int32_t end) {
         Node node;
         if (!cut_by_frame(node, begin, end)) {
             int64_t child_size = tree.leaf_size_;
@@ -118,10 +116,46 @@ struct PartitionTree::Builder {
         settle(begin, end);
         for (int c = 0; c < node.children; ++c) {
             node.live[c] = node.end[c] - node.begin[c];
-            node.child[c] = node.live[c] > tree.leaf_size_ ? build(node.begin[c], node.end[c]) : -1;
+            node.child[c] = -1;
+            node.leaves |= uint16_t(uint16_t(node.live[c] <= tree.leaf_size_) << c);
+            node.present |= uint16_t(0x101 << c);
         }
-        tree.nodes_[index] = node;
+        return node;
+    }
+
+    int32_t build(int32_t begin, int32_t end) {
+        const size_t index = nodes.size();
+        nodes.emplace_back();
+        Node node = cut(begin, end);
+        for (int c = 0; c < node.children; ++c)
+            if (!(node.leaves >> c & 1)) node.child[c] = build(node.begin[c], node.end[c]);
+        nodes[index] = node;
         return int32_t(index);
+    }
+
+    static void build_all(PartitionTree& tree, Shared& shared, int32_t size) {
+        if (!size) return;
+        Builder top(tree, shared);
+        Node root = top.cut(0, size);
+        tree.frames_ = std::move(top.frames);
+        tree.nodes_.push_back(root);
+        std::vector<Builder> parts(size_t(root.children), Builder(tree, shared));
+        parallel_for(parts.size(), [&](size_t c) {
+            if (!(root.leaves >> c & 1)) parts[c].build(root.begin[c], root.end[c]);
+        });
+        for (int c = 0; c < root.children; ++c) {
+            Builder& part = parts[size_t(c)];
+            if (part.nodes.empty()) continue;
+            const int32_t first = int32_t(tree.nodes_.size()), first_frame = int32_t(tree.frames_.size());
+            tree.nodes_[0].child[c] = first;
+            for (Node& node : part.nodes) {
+                for (int i = 0; i < node.children; ++i)
+                    if (node.child[i] >= 0) node.child[i] += first;
+                if (node.frame >= 0) node.frame += first_frame;
+                tree.nodes_.push_back(node);
+            }
+            tree.frames_.insert(tree.frames_.end(), part.frames.begin(), part.frames.end());
+        }
     }
 
     void add_child(Node& node, int32_t begin, int32_t end) {
@@ -136,15 +170,19 @@ struct PartitionTree::Builder {
         const int32_t middle = begin + (children + 1) / 2 * child_size;
         thread_local std::vector<float> direction;
         direction.resize(size_t(dim));
-        principal_direction(dim, rows.data(), items.data() + begin, end - begin, direction.data());
-        Item* run = items.data() + begin;
+        principal_direction(dim, shared.rows.data(), shared.items.data() + begin, end - begin, direction.data());
+        Item* run = shared.items.data() + begin;
         switch (dim) {
-            case 2: project<2>(dim, rows.data(), direction.data(), run, end - begin); break;
-            case 3: project<3>(dim, rows.data(), direction.data(), run, end - begin); break;
-            case 4: project<4>(dim, rows.data(), direction.data(), run, end - begin); break;
-            default: project<0>(dim, rows.data(), direction.data(), run, end - begin);
+            case 2: project<2>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
+            case 3: project<3>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
+            case 4: project<4>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
+            case 5: project<5>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
+            case 6: project<6>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
+            case 7: project<7>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
+            case 8: project<8>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
+            default: project<0>(dim, shared.rows.data(), direction.data(), run, end - begin);
         }
-        std::nth_element(items.begin() + begin, items.begin() + middle, items.begin() + end,
+        std::nth_element(shared.items.begin() + begin, shared.items.begin() + middle, shared.items.begin() + end,
                          [](const Item& a, const Item& b) { return a.key < b.key; });
         halve(node, begin, middle, child_size);
         halve(node, middle, end, child_size);
@@ -153,17 +191,17 @@ struct PartitionTree::Builder {
     bool cut_by_frame(Node& node, int32_t begin, int32_t end) {
         if (dim < 2 || dim > 3 || end - begin <= kFrameCell) return false;
         std::vector<int32_t> members;
-        for (int32_t i = begin; i < end; ++i) members.push_back(items[size_t(i)].row);
+        for (int32_t i = begin; i < end; ++i) members.push_back(shared.items[size_t(i)].row);
         Frame frame;
         std::vector<uint8_t> cells;
-        if (!equipartition(dim, rows.data(), members.data(), end - begin, frame, cells)) return false;
+        if (!equipartition(dim, shared.rows.data(), members.data(), end - begin, frame, cells)) return false;
         int32_t starts[kFan + 1] = {};
         for (uint8_t cell : cells) ++starts[cell + 1];
         for (int c = 0; c < kFan; ++c) starts[c + 1] += starts[c];
         for (int c = 0; c < 1 << dim; ++c) add_child(node, begin + starts[c], begin + starts[c + 1]);
-        for (size_t i = 0; i < members.size(); ++i) items[size_t(begin + starts[cells[i]]++)].row = members[i];
-        node.frame = int32_t(tree.frames_.size());
-        tree.frames_.push_back(frame);
+        for (size_t i = 0; i < members.size(); ++i) shared.items[size_t(begin + starts[cells[i]]++)].row = members[i];
+        node.frame = int32_t(frames.size());
+        frames.push_back(frame);
         return true;
     }
 
@@ -172,22 +210,22 @@ struct PartitionTree::Builder {
         spare.resize(size_t(end - begin) * size_t(dim));
         spare_order.resize(size_t(end - begin));
         for (int32_t i = begin; i < end; ++i) {
-            const int32_t row = items[size_t(i)].row;
-            const float* from = rows.data() + int64_t(row) * dim;
+            const int32_t row = shared.items[size_t(i)].row;
+            const float* from = shared.rows.data() + int64_t(row) * dim;
             float* to = spare.data() + int64_t(i - begin) * dim;
             for (int j = 0; j < dim; ++j) to[j] = from[j];
             spare_order[size_t(i - begin)] = tree.order_[size_t(row)];
-            items[size_t(i)].row = i;
+            shared.items[size_t(i)].row = i;
         }
-        std::copy(spare.begin(), spare.end(), rows.begin() + int64_t(begin) * dim);
+        std::copy(spare.begin(), spare.end(), shared.rows.begin() + int64_t(begin) * dim);
         std::copy(spare_order.begin(), spare_order.end(), tree.order_.begin() + begin);
     }
 
-    void bound(const Node& node, float* volumes) const {
+    static void bound(const Node& node, int dim, const float* rows, float* volumes) {
         std::vector<double> low(size_t(dim), 0), high(size_t(dim), 0), centre(size_t(dim), 0);
         for (int c = 0; c < node.children; ++c) {
-            const float* first = rows.data() + int64_t(node.begin[c]) * dim;
-            const float* last = rows.data() + int64_t(node.end[c]) * dim;
+            const float* first = rows + int64_t(node.begin[c]) * dim;
+            const float* last = rows + int64_t(node.end[c]) * dim;
             for (int j = 0; j < dim; ++j) low[size_t(j)] = high[size_t(j)] = first < last ? first[j] : 0;
             for (const float* row = first; row < last; row += dim)
                 for (int j = 0; j < dim; ++j) {
@@ -217,16 +255,26 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
     : StaticIndex(dim, size, keys, ids), leaf_size_(leaf_size) {
     std::vector<float> rotated;
     axes_ = principal_frame(dim, keys, size, rotated);
-    Builder builder(*this, axes_ ? rotated.data() : keys, size);
-    volumes_.resize(nodes_.size() * size_t(2 * dim + 1) * kFan);
-    for (size_t i = 0; i < nodes_.size(); ++i) {
-        const Node& node = nodes_[i];
-        builder.bound(node, volumes_.data() + i * size_t(2 * dim + 1) * kFan);
-        if (node.frame < 0) continue;
-        for (int c = 0; c < node.children; ++c)
-            bound_cell(frames_[size_t(node.frame)], dim, c, builder.rows.data() + int64_t(node.begin[c]) * dim,
-                       node.end[c] - node.begin[c]);
+    const float* source = axes_ ? rotated.data() : keys;
+    Builder::Shared shared{std::vector<float>(source, source + size * dim), std::vector<Item>(size_t(size))};
+    order_.resize(size_t(size));
+    for (int64_t i = 0; i < size; ++i) {
+        order_[size_t(i)] = int32_t(i);
+        shared.items[size_t(i)].row = int32_t(i);
     }
+    Builder::build_all(*this, shared, int32_t(size));
+    volumes_.resize(nodes_.size() * size_t(2 * dim + 1) * kFan);
+    constexpr size_t kRun = 64;  // nodes bounded as one task
+    parallel_for((nodes_.size() + kRun - 1) / kRun, [&](size_t run) {
+        for (size_t i = run * kRun; i < std::min(nodes_.size(), (run + 1) * kRun); ++i) {
+            const Node& node = nodes_[i];
+            Builder::bound(node, dim, shared.rows.data(), volumes_.data() + i * size_t(2 * dim + 1) * kFan);
+            if (node.frame < 0) continue;
+            for (int c = 0; c < node.children; ++c)
+                bound_cell(frames_[size_t(node.frame)], dim, c, shared.rows.data() + int64_t(node.begin[c]) * dim,
+                           node.end[c] - node.begin[c]);
+        }
+    });
     leaves_ = blocked(dim, keys, order_.data(), size);
 
     // Rounding of a bound and of a score. Let M be the largest coordinate, u the unit. Centres are at most M,
@@ -243,124 +291,177 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
     slack_ = kUnit * reach * 16 * std::sqrt(double(dim)) * (dim + 2);
 }
 
-struct PartitionTree::Bounds {
-    double low[kFan], high[kFan];
-    // Written so that a NaN, from an infinite radius times 0, opens the cell.
-    bool outside(int c, double threshold) const { return high[c] < threshold; }
-    bool inside(int c, double threshold) const { return low[c] >= threshold; }
-};
-
 // With y the rotated key and r the residual, <q, x> = <q, mean> + <axes q, y> + <q, r>. Rounding: axes q, <q, mean> and
 // their sum are sums of d terms that are at most |q|_1 reach together, with at most d + 2 roundings each.
-PartitionTree::View PartitionTree::view(const Query& query) const {
-    if (!axes_) return {query, 0.0, slack_ * query.norm1};
-    const size_t d = size_t(dim());
-    std::vector<double> turned(d, 0);
-    double shift = 0;
-    for (size_t j = 0; j < d; ++j) {
-        shift += query.q[j] * axes_.mean[j];
-        for (size_t k = 0; k < d; ++k) turned[j] += axes_.axes[j * d + k] * query.q[k];
-    }
-    View view{Query(std::move(turned)), shift, 0};
-    view.slack = slack_ * std::max(view.query.norm1, query.norm1) + axes_.residual * query.norm2 * (1 + 1e-12) +
-                 4 * kUnit * (dim() + 2) * query.norm1 * axes_.reach;
-    return view;
-}
-
-void PartitionTree::bound(const Node& node, size_t index, const View& view, Bounds& result) const {
-    const Query& query = view.query;
-    double middle[kFan], spread[kFan];
-    kernels().bounds(volumes(index), dim(), query.q.data(), query.magnitude.data(), query.norm2, middle, spread);
-    const double slack = view.slack;
-    for (int c = 0; c < kFan; ++c) {
-        result.low[c] = view.shift + middle[c] - spread[c] - slack;
-        result.high[c] = view.shift + middle[c] + spread[c] + slack;
-    }
-    if (node.frame < 0) return;
-    const Frame& frame = frames_[size_t(node.frame)];
-    double at_apex = view.shift, slope[3];
-    for (int j = 0; j < dim(); ++j) at_apex += query.q[size_t(j)] * frame.apex[j];
-    for (int i = 0; i < dim(); ++i) {
-        slope[i] = 0;
-        for (int j = 0; j < dim(); ++j) slope[i] += query.q[size_t(j)] * frame.edge[i][j];
-    }
-    for (int c = 0; c < node.children; ++c) {
-        const double margin = frame.residual[c] * query.norm2 + slack;
-        double low = at_apex - margin, high = at_apex + margin;
-        for (int i = 0; i < dim(); ++i) {
-            const double a = slope[i] * frame.low[c][i], b = slope[i] * frame.high[c][i];
-            low += std::min(a, b);
-            high += std::max(a, b);
+void PartitionTree::look(const Query& query, double threshold, View& view) const {
+    const Query* seen = &query;
+    view.half.shift = 0;
+    view.half.slack = slack_ * query.norm1;
+    if (axes_) {
+        const size_t d = size_t(dim());
+        view.turned.q.assign(d, 0);
+        for (size_t j = 0; j < d; ++j) {
+            view.half.shift += query.q[j] * axes_.mean[j];
+            for (size_t k = 0; k < d; ++k) view.turned.q[j] += axes_.axes[j * d + k] * query.q[k];
         }
-        if (low > result.low[c]) result.low[c] = low;
-        if (high < result.high[c]) result.high[c] = high;
+        view.turned.measure();
+        view.half.slack = slack_ * std::max(view.turned.norm1, query.norm1) +
+                          axes_.residual * query.norm2 * (1 + 1e-12) +
+                          4 * kUnit * (dim() + 2) * query.norm1 * axes_.reach;
+        seen = &view.turned;
     }
+    view.half.query = seen->q.data();
+    view.half.magnitude = seen->magnitude.data();
+    view.half.norm = seen->norm2;
+    view.half.threshold = threshold;
 }
 
-// Children are opened in the order of their positions, so that everything before `begin` of the next node is
-// settled. A query that is behind the pace of a scan by kHeadStart scans the rest: it costs at most so much more.
-bool PartitionTree::collect(const Query& query, double threshold, Rows& rows, bool always) const {
-    const Search wanted = search(query, threshold);
-    const Search everything = search(query, -std::numeric_limits<double>::infinity());
-    if (!always && size() >= 16 * kSample && kernels().count(sample_.data(), dim(), 0, kSample, wanted) >= kDeep)
-        return false;
-    const double each_key = key_cost(dim()), each_visit = visit_cost(dim());
-    const double scan = scan_cost(dim(), size()), pace = scan / double(std::max<int64_t>(size(), 1));
-    double spent = always ? -std::numeric_limits<double>::infinity() : -kHeadStart * scan;
-    const View seen = view(query);
-    int32_t stack[kFan * 12];  // 8^11 leaves are more than int32 positions
-    int top = 0;
-    rows.scratch.clear();
-    const auto take = [&](int32_t begin, int32_t end, const Search& which) {
-        PackedHit* room = rows.scratch.room(size_t(end - begin + kLanes));
-        const size_t found = kernels().scan(leaves_.data(), dim(), begin, end, which, order_.data(), room);
-        rows.scratch.added(found);
-        rows.counters.scored += end - begin;
-        spent += each_visit + each_key * double(end - begin) + kHitCost * double(found);
+FrameCells PartitionTree::frame_cells(const Frame& frame, const HalfSpace& half) const {
+    FrameCells cells{frame.boxes, half.shift, {}};
+    for (int j = 0; j < dim(); ++j) cells.at_apex += half.query[j] * frame.apex[j];
+    for (int i = 0; i < dim(); ++i)
+        for (int j = 0; j < dim(); ++j) cells.slope[i] += half.query[j] * frame.edge[i][j];
+    return cells;
+}
+
+unsigned PartitionTree::classify(const Kernels& loops, size_t index, const HalfSpace& half) const {
+    const Node& node = nodes_[index];
+    if (node.frame < 0) return loops.classify(volumes(index), dim(), half, nullptr) & node.present;
+    const FrameCells cells = frame_cells(frames_[size_t(node.frame)], half);
+    return loops.classify(volumes(index), dim(), half, &cells) & node.present;
+}
+
+// The queries walk the tree together: a node is tested, and its leaves are read, for all queries that cross it.
+// Children are opened in the order of their positions, so that everything before `begin` of the next node is settled. A
+// query that is behind the pace of a scan by kHeadStart scans the rest: it costs at most so much more. Leaves are
+// read a few steps after they were found, when their cache lines have come.
+struct PartitionTree::Walk {
+    struct Take {
+        int32_t begin, end, query;
+        bool inside;
     };
-    if (!nodes_.empty()) stack[top++] = 0;
-    while (top) {
-        const size_t index = size_t(stack[--top]);
-        const Node& node = nodes_[index];
-        if (spent > pace * node.begin[0]) {
-            take(node.begin[0], int32_t(size()), wanted);
-            break;
-        }
-        Bounds bounds{};
-        bound(node, index, seen, bounds);
-        ++rows.counters.nodes;
-        spent += each_visit;
-        const int first = top;
-        for (int c = 0; c < node.children; ++c) {
-            if (bounds.outside(c, threshold)) continue;
-            const int32_t begin = node.begin[c];
-            int32_t end = node.end[c];
-            if (bounds.inside(c, threshold)) {
-                take(begin, end, everything);
-            } else if (node.child[c] < 0) {
-                // Neighbouring crossed leaves are one run.
-                for (; c + 1 < node.children && node.child[c + 1] < 0 && !bounds.outside(c + 1, threshold) &&
-                       !bounds.inside(c + 1, threshold);
-                     ++c)
-                    end = node.end[c + 1];
-                ++rows.counters.nodes;
-                take(begin, end, wanted);
-            } else {
-                stack[top++] = node.child[c];
-                __builtin_prefetch(&nodes_[size_t(node.child[c])]);
-                __builtin_prefetch(volumes(size_t(node.child[c])));
+    struct Member {
+        View view;
+        Search wanted, everything;
+        double spent;
+    };
+    static constexpr int kWaiting = 16;
+
+    Walk(const PartitionTree& walked, Member* first_member, Gathered* first_gathered, Counters& counted)
+        : tree(walked), members(first_member), gathered(first_gathered), counters(counted) {}
+
+    const PartitionTree& tree;
+    const Kernels& loops = kernels();
+    Member* const members;
+    Gathered* const gathered;
+    Counters& counters;
+    const double each_key = key_cost(tree.dim()), each_visit = visit_cost(tree.dim());
+    Take waiting[kWaiting];
+    unsigned first = 0, next = 0;
+
+    void take(int32_t query, int32_t begin, int32_t end, bool inside) {
+        members[query].spent += each_visit + each_key * double(end - begin);
+        counters.scored += end - begin;
+        if (next - first == kWaiting) read();
+        waiting[next++ % kWaiting] = {begin, end, query, inside};
+        constexpr int64_t kLine = 16, kMost = 24;  // floats of a cache line; lines asked for
+        const int64_t width = int64_t(kLanes) * tree.dim();
+        const float* from = tree.leaves_.data() + begin / kLanes * width;
+        const float* to = tree.leaves_.data() + (end + kLanes - 1) / kLanes * width;
+        if (to - from > kMost * kLine) to = from + kMost * kLine;
+        for (; from < to; from += kLine) __builtin_prefetch(from);
+    }
+    void read() {
+        const Take& take = waiting[first++ % kWaiting];
+        Member& member = members[take.query];
+        Growable<PackedHit>& hits = gathered[take.query].hits;
+        const size_t found = loops.scan(tree.leaves_.data(), tree.dim(), take.begin, take.end,
+                                        take.inside ? member.everything : member.wanted, tree.order_.data(),
+                                        hits.room(size_t(take.end - take.begin + kLanes)));
+        hits.added(found);
+        member.spent += kHitCost * double(found);
+    }
+    void run(Which which, bool always) {
+        struct Visit {
+            int32_t node;
+            Which which;
+        };
+        Visit stack[kFan * 12];  // 8^11 leaves are more than int32 positions
+        const double scan = scan_cost(tree.dim(), tree.size()), pace = scan / double(std::max<int64_t>(tree.size(), 1));
+        for (Which rest = which; rest; rest &= rest - 1)
+            members[__builtin_ctzll(rest)].spent =
+                always ? -std::numeric_limits<double>::infinity() : -kHeadStart * scan;
+        int top = 0;
+        if (!tree.nodes_.empty()) stack[top++] = {0, which};
+        Which scanning = 0;
+        while (top) {
+            const Visit visit = stack[--top];
+            const size_t index = size_t(visit.node);
+            const Node& node = tree.nodes_[index];
+            Which crossing[kFan] = {};
+            unsigned open = 0;
+            for (Which rest = visit.which & ~scanning; rest; rest &= rest - 1) {
+                const int query = __builtin_ctzll(rest);
+                Member& member = members[query];
+                if (member.spent > pace * node.begin[0]) {
+                    scanning |= rest & -rest;
+                    take(query, node.begin[0], int32_t(tree.size()), false);
+                    continue;
+                }
+                const unsigned found = tree.classify(loops, index, member.view.half);
+                ++counters.nodes;
+                member.spent += each_visit;
+                for (unsigned inside = found & 0xff; inside; inside &= inside - 1) {
+                    const int c = __builtin_ctz(inside);
+                    take(query, node.begin[c], node.end[c], true);
+                }
+                const unsigned crossed = found >> kFan;
+                for (unsigned leaves = crossed & node.leaves; leaves;) {
+                    // Neighbouring crossed leaves are one run.
+                    const int c = __builtin_ctz(leaves), length = __builtin_ctz(~(leaves >> c));
+                    leaves &= ~(((1u << length) - 1) << c);
+                    ++counters.nodes;
+                    take(query, node.begin[c], node.end[c + length - 1], false);
+                }
+                const unsigned nodes = crossed & ~unsigned(node.leaves);
+                open |= nodes;
+                for (unsigned bits = nodes; bits; bits &= bits - 1) crossing[__builtin_ctz(bits)] |= rest & -rest;
+            }
+            for (int c = kFan; c-- > 0;) {
+                if (!(open >> c & 1)) continue;
+                stack[top++] = {node.child[c], crossing[c]};
+                const char* there = reinterpret_cast<const char*>(&tree.nodes_[size_t(node.child[c])]);
+                for (size_t at = 0; at < sizeof(Node); at += 64) __builtin_prefetch(there + at);
+                __builtin_prefetch(tree.volumes(size_t(node.child[c])));
+                __builtin_prefetch(tree.volumes(size_t(node.child[c])) + 16);
             }
         }
-        std::reverse(stack + first, stack + top);
+        while (first != next) read();
     }
-    return true;
+};
+
+void PartitionTree::walk(const Tile& tile, Which which, Gathered* gathered, Counters& counters, bool always) const {
+    thread_local std::vector<Walk::Member> members(kTile);
+    const Kernels& loops = kernels();
+    for (Which rest = which; rest; rest &= rest - 1) {
+        const int i = __builtin_ctzll(rest);
+        const Query& query = tile.queries[i];
+        Walk::Member& member = members[size_t(i)];
+        member.wanted = search(query, tile.thresholds[i]);
+        member.everything = search(query, -std::numeric_limits<double>::infinity());
+        gathered[i].hits.clear();
+        gathered[i].scan =
+            !always && size() >= 16 * kSample && loops.count(sample_.data(), dim(), 0, kSample, member.wanted) >= kDeep;
+        if (gathered[i].scan)
+            which &= ~(rest & -rest);
+        else
+            look(query, tile.thresholds[i], member.view);
+    }
+    if (which) Walk(*this, members.data(), gathered, counters).run(which, always);
 }
 
-void PartitionTree::report(const Query& query, double threshold, Rows& rows) const {
-    if (collect(query, threshold, rows, false))
-        append_sorted(rows);
-    else
-        StaticIndex::report(query, threshold, rows);
+void PartitionTree::gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const {
+    walk(tile, which, gathered, counters, false);
 }
 
 int64_t PartitionTree::count(const Query& query, double threshold, Rows& rows) const {
@@ -369,21 +470,23 @@ int64_t PartitionTree::count(const Query& query, double threshold, Rows& rows) c
     int32_t stack[kFan * 12];
     int top = 0;
     int64_t total = 0;
-    const View seen = view(query);
+    View seen;
+    look(query, threshold, seen);
     const Search wanted = search(query, threshold);
+    const Kernels& loops = kernels();
     if (!nodes_.empty()) stack[top++] = 0;
     while (top) {
         const size_t index = size_t(stack[--top]);
         const Node& node = nodes_[index];
-        Bounds bounds{};
-        bound(node, index, seen, bounds);
+        const unsigned found = classify(loops, index, seen.half);
         ++rows.counters.nodes;
         budget -= each_visit;
         for (int c = 0; c < node.children; ++c) {
-            if (bounds.outside(c, threshold)) continue;
             const int32_t begin = node.begin[c], end = node.end[c];
-            if (bounds.inside(c, threshold)) {
+            if (found >> c & 1) {
                 total += node.live[c];
+            } else if (!(found >> (kFan + c) & 1)) {
+                continue;
             } else if (node.child[c] >= 0) {
                 stack[top++] = node.child[c];
             } else {
@@ -397,7 +500,7 @@ int64_t PartitionTree::count(const Query& query, double threshold, Rows& rows) c
                 rows.scratch.clear();
                 PackedHit* room = rows.scratch.room(size_t(end - begin + kLanes));
                 rows.scratch.added(kernels().scan(leaves_.data(), dim(), begin, end, wanted, order_.data(), room));
-                total += count_live(rows);
+                total += count_live(rows.scratch);
             }
         }
         if (budget < 0) return StaticIndex::count(query, threshold, rows);
@@ -412,7 +515,8 @@ void PartitionTree::top(const Query& query, Best& best, Counters& counters) cons
         int32_t node, begin, end;  // a node, or the leaf [begin, end)
         bool operator<(const Cell& other) const { return high < other.high; }
     };
-    const View seen = view(query);
+    View seen;
+    look(query, 0, seen);
     std::priority_queue<Cell> cells;
     cells.push({std::numeric_limits<double>::infinity(), 0, 0, 0});
     while (!cells.empty()) {
@@ -425,10 +529,12 @@ void PartitionTree::top(const Query& query, Best& best, Counters& counters) cons
             continue;
         }
         const Node& node = nodes_[size_t(cell.node)];
-        Bounds bounds{};
-        bound(node, size_t(cell.node), seen, bounds);
+        double lows[kFan], highs[kFan];
+        FrameCells frame;
+        if (node.frame >= 0) frame = frame_cells(frames_[size_t(node.frame)], seen.half);
+        kernels().bounds(volumes(size_t(cell.node)), dim(), seen.half, node.frame < 0 ? nullptr : &frame, lows, highs);
         for (int c = 0; c < node.children; ++c) {
-            const double high = bounds.high[c] == bounds.high[c] ? bounds.high[c] : cell.high;
+            const double high = highs[c] == highs[c] ? highs[c] : cell.high;
             if (!(high < best.threshold())) cells.push({high, node.child[c], node.begin[c], node.end[c]});
         }
     }

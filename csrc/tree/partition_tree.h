@@ -32,7 +32,7 @@ class PartitionTree : public StaticIndex {
 public:
     PartitionTree(int dim, int64_t size, const float* keys, const int64_t* ids, int leaf_size);
 
-    void report(const Query& query, double threshold, Rows& rows) const override;
+    void gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const override;
     int64_t count(const Query& query, double threshold, Rows& rows) const override;
     void top(const Query& query, Best& best, Counters& counters) const override;
     void erase(int64_t position) override;
@@ -40,9 +40,10 @@ public:
 
     int64_t node_count() const { return int64_t(nodes_.size()); }
     int64_t frame_count() const { return int64_t(frames_.size()); }
-    // Leaves the half-space in rows.scratch, unsorted, deleted and repeated keys included; false when a scan is
-    // cheaper, unless `always`.
-    bool collect(const Query& query, double threshold, Rows& rows, bool always) const;
+
+protected:
+    // gather; with `always`, no query is left to a scan.
+    void walk(const Tile& tile, Which which, Gathered* gathered, Counters& counters, bool always) const;
 
 private:
     static constexpr int kFan = 8;
@@ -52,18 +53,19 @@ private:
         int32_t live[kFan];
         int32_t children = 0;
         int32_t frame = -1;
+        uint16_t leaves = 0, present = 0;  // bits of children: those without a node; all, twice
     };
     struct Builder;
-    struct Bounds;
-    struct Budget;
+    struct Walk;
 
-    // A query as the cells see it: in the principal frame, score = shift + <query, y> +- slack.
+    // A query as the cells see it, in the principal frame; `half` points to the query or to `turned`.
     struct View {
-        Query query;
-        double shift, slack;
+        Query turned;
+        HalfSpace half;
     };
-    View view(const Query& query) const;
-    void bound(const Node& node, size_t index, const View& view, Bounds& bounds) const;
+    void look(const Query& query, double threshold, View& view) const;
+    FrameCells frame_cells(const Frame& frame, const HalfSpace& half) const;
+    unsigned classify(const Kernels& loops, size_t node, const HalfSpace& half) const;
     const float* volumes(size_t node) const { return volumes_.data() + node * size_t(2 * dim() + 1) * kFan; }
 
     int leaf_size_;

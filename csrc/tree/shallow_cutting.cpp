@@ -61,51 +61,75 @@ void ShallowCutting::add_level(int64_t sample, int64_t facets, const int32_t* si
         for (size_t i = 0; i < d; ++i)
             level.around[size_t(next[size_t(level.simplices[size_t(f) * d + i])]++)] = int32_t(f);
 
-    Rows rows;
-    std::vector<std::pair<int32_t, int32_t>> list;  // rank, position
+    Counters counters;
+    Tile tile;
+    Gathered gathered;
+    tile.size = 1;
+    std::vector<std::pair<double, int32_t>> list;  // minus the height, position
     std::vector<float> row_keys;
     level.list.push_back(0);
     for (int64_t f = 0; f < facets; ++f) {
-        const Query normal(normals + f * dim(), dim());
+        Query& normal = tile.queries[0];
+        normal.set(normals + f * dim(), dim());
         double offset = -std::numeric_limits<double>::infinity();
         for (size_t i = 0; i < d; ++i) offset = std::max(offset, dot(normal, level.simplices[size_t(f) * d + i]));
         level.offsets.push_back(offset);
-        collect(normal, std::nextafter(offset, std::numeric_limits<double>::infinity()), rows, true);
+        tile.thresholds[0] = std::nextafter(offset, std::numeric_limits<double>::infinity());
+        walk(tile, 1, &gathered, counters, true);
         list.clear();
-        for (size_t i = 0; i < rows.scratch.size(); ++i) {
-            const int32_t position = int32_t(rows.scratch.data()[i] >> 32);
-            list.emplace_back(rank_[size_t(position)], position);
+        for (size_t i = 0; i < gathered.hits.size(); ++i) {
+            const int32_t position = int32_t(gathered.hits.data()[i] >> 32);
+            float row[kMaxDim];
+            key(position, row);
+            list.emplace_back(-dot(normal, row), position);
         }
         std::sort(list.begin(), list.end());
         row_keys.resize(list.size() * d);
         for (size_t i = 0; i < list.size(); ++i) {
             key(list[i].second, row_keys.data() + i * d);
             level.positions.push_back(list[i].second);
+            if (i % kLanes == 0) level.heights.push_back(-list[i].first);
         }
         const Floats blocks = blocked(dim(), row_keys.data(), nullptr, int64_t(list.size()));
         level.keys.insert(level.keys.end(), blocks.begin(), blocks.end());
         while (level.positions.size() % kLanes) level.positions.push_back(-1);
         level.list_size.push_back(int32_t(list.size()));
         level.list.push_back(int64_t(level.positions.size()));
-        level.next_sample.push_back(0);
     }
-    if (!levels_.empty()) {
-        Level& coarser = levels_.back();
-        for (size_t f = 0; f < coarser.list_size.size(); ++f) {
-            const int32_t* first = coarser.positions.data() + coarser.list[f];
-            coarser.next_sample[f] =
-                int32_t(std::partition_point(first, first + coarser.list_size[f],
-                                             [&](int32_t position) { return rank_[size_t(position)] < sample; }) -
-                        first);
-        }
-    }
+    if (!levels_.empty()) link(levels_.back(), sample);
     level.keys.shrink_to_fit();
     level.positions.shrink_to_fit();
     levels_.push_back(std::move(level));
 }
 
+// For each list of a level, the keys in it that are in the next sample.
+void ShallowCutting::link(Level& level, int64_t next_sample) const {
+    const size_t d = size_t(dim());
+    std::vector<float> row_keys;
+    level.next_list.push_back(0);
+    for (size_t f = 0; f < level.list_size.size(); ++f) {
+        row_keys.clear();
+        for (int32_t e = 0; e < level.list_size[f]; ++e) {
+            const int32_t rank = rank_[size_t(level.positions[size_t(level.list[f] + e)])];
+            if (rank >= next_sample) continue;
+            level.next_ranks.push_back(rank);
+            row_keys.resize(row_keys.size() + d);
+            key(position_[size_t(rank)], row_keys.data() + row_keys.size() - d);
+        }
+        const Floats blocks = blocked(dim(), row_keys.data(), nullptr, int64_t(row_keys.size() / d));
+        level.next_keys.insert(level.next_keys.end(), blocks.begin(), blocks.end());
+        while (level.next_ranks.size() % kLanes) level.next_ranks.push_back(-1);
+        level.next_list.push_back(int64_t(level.next_ranks.size()));
+    }
+    level.next_keys.shrink_to_fit();
+    level.next_ranks.shrink_to_fit();
+}
+
 double ShallowCutting::dot(const Query& query, int32_t rank) const {
-    const float* key = samples_.data() + int64_t(rank) * dim();
+    return dot(query, samples_.data() + int64_t(rank) * dim());
+}
+
+double ShallowCutting::dot(const Query& query, const float* key) const {
     double sum = query.q[0] * key[0];
     for (int j = 1; j < dim(); ++j) sum += query.q[size_t(j)] * key[j];
     return sum;
@@ -164,7 +188,7 @@ ShallowCutting::Cone ShallowCutting::cone(const Level& level, int32_t vertex, co
     if (!solve(d, columns, query.q.data(), lambda)) return result;
     double bound = 0, weight = query.norm1, error = 0;
     for (int i = 0; i < d; ++i) {
-        lambda[i] = std::max(lambda[i], 0.0);
+        result.lambda[i] = lambda[i] = std::max(lambda[i], 0.0);
         bound += lambda[i] * level.offsets[size_t(result.facet[i])];
         for (int j = 0; j < d; ++j) weight += lambda[i] * std::fabs(columns[i][j]);
     }
@@ -183,6 +207,7 @@ ShallowCutting::Cone ShallowCutting::cone(const Level& level, int32_t vertex, co
 
 int ShallowCutting::descend(const Query& query, double threshold, Cone* cones, Counters& counters) const {
     if (levels_.empty()) return 0;
+    const Kernels& loops = kernels();
     int32_t vertex = 0;
     double best = -std::numeric_limits<double>::infinity();
     for (int32_t rank = 0; rank < levels_[0].sample; ++rank) {
@@ -198,51 +223,73 @@ int ShallowCutting::descend(const Query& query, double threshold, Cone* cones, C
         const Cone& here = cones[written++];
         for (int i = 0; i < dim(); ++i) {
             const size_t f = size_t(here.facet[i]);
-            const int32_t* positions = level.positions.data() + level.list[f];
-            for (int32_t e = 0; e < level.next_sample[f]; e += kLanes) {
-                double scores[kLanes];
-                kernels().score(level.keys.data() + (level.list[f] + e) * dim(), dim(), 0, kLanes, query.q.data(),
-                                scores);
-                for (int32_t lane = 0; lane < std::min(kLanes, level.next_sample[f] - e); ++lane)
-                    if (scores[lane] > best) best = scores[lane], vertex = rank_[size_t(positions[e + lane])];
+            if (level.next_list.empty()) break;
+            for (int64_t e = level.next_list[f]; e < level.next_list[f + 1]; e += kLanes) {
+                double scores[kLanes];  // NaN behind the last
+                loops.score(level.next_keys.data() + e * dim(), dim(), 0, kLanes, query.q.data(), scores);
+                for (int lane = 0; lane < kLanes; ++lane)
+                    if (scores[lane] > best) best = scores[lane], vertex = level.next_ranks[size_t(e + lane)];
             }
         }
     }
     return written;
 }
 
-bool ShallowCutting::scan_lists(const Query& query, double threshold, Rows& rows) const {
+// Each list is read down to a height (shallow_cutting.h), in whole blocks. What an earlier list found is left out: the
+// keys above the first one that was not read there, by the same arithmetic that made the lists.
+//
+// Rounding: `bound` covers that of the scores behind the heights (see cone). b - bound, the quotient and the
+// sum lose at most 4 units of their sizes.
+bool ShallowCutting::scan_lists(const Query& query, double threshold, Growable<PackedHit>& hits,
+                                Counters& counters) const {
     Cone cones[kMaxLevels];
-    const int depth = descend(query, threshold, cones, rows.counters);
+    const int depth = descend(query, threshold, cones, counters);
     if (!depth) return false;
     const Level& level = levels_[size_t(depth - 1)];
     const Cone& cone = cones[depth - 1];
-    const Search wanted = search(query, threshold);
-    rows.scratch.clear();
+    Search wanted = search(query, threshold);
+    double normals[kMaxDim][kMaxDim];
+    hits.clear();
     for (int i = 0; i < dim(); ++i) {
         const size_t f = size_t(cone.facet[i]);
-        PackedHit* room = rows.scratch.room(size_t(level.list_size[f] + kLanes));
-        rows.scratch.added(kernels().scan(level.keys.data(), dim(), level.list[f], level.list[f] + level.list_size[f],
-                                          wanted, level.positions.data(), room));
-        rows.counters.scored += level.list_size[f];
-        ++rows.counters.nodes;
+        ++counters.nodes;
+        if (!(cone.lambda[i] > 0)) continue;
+        const double offset = level.offsets[f], gap = (threshold - cone.bound) / (dim() * cone.lambda[i]);
+        const double least = offset + gap - 4 * kUnit * (std::fabs(offset) + gap) - 4 * kUnit * gap;
+        const auto first = level.heights.begin() + level.list[f] / kLanes,
+                   last = level.heights.begin() + level.list[f + 1] / kLanes;
+        const auto unread = std::partition_point(first, last, [&](double height) { return !(height < least); });
+        const int64_t read = std::min<int64_t>(level.list_size[f], kLanes * (unread - first));
+        if (!read) continue;
+        PackedHit* room = hits.room(size_t(read + kLanes));
+        hits.added(kernels().scan(level.keys.data(), dim(), level.list[f], level.list[f] + read, wanted,
+                                  level.positions.data(), room));
+        counters.scored += read;
+        if (wanted.exclusions == 3) continue;
+        double* normal = normals[wanted.exclusions];
+        for (int j = 0; j < dim(); ++j) normal[j] = level.normals[f * size_t(dim()) + size_t(j)];
+        wanted.excluded[wanted.exclusions] = normal;
+        wanted.excluded_above[wanted.exclusions++] = unread == last ? offset : *unread;
     }
     return true;
 }
 
-void ShallowCutting::report(const Query& query, double threshold, Rows& rows) const {
-    if (scan_lists(query, threshold, rows))
-        append_sorted(rows);
-    else
-        PartitionTree::report(query, threshold, rows);
+void ShallowCutting::gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const {
+    Which deep = which;
+    for (; which; which &= which - 1) {
+        const int i = __builtin_ctzll(which);
+        if (scan_lists(tile.queries[i], tile.thresholds[i], gathered[i].hits, counters)) deep &= ~(which & -which);
+    }
+    if (deep) PartitionTree::gather(tile, deep, gathered, counters);
 }
 
 int64_t ShallowCutting::count(const Query& query, double threshold, Rows& rows) const {
-    if (!scan_lists(query, threshold, rows)) return PartitionTree::count(query, threshold, rows);
+    if (!scan_lists(query, threshold, rows.scratch, rows.counters)) return PartitionTree::count(query, threshold, rows);
+    // Keys of equal height may stand in two lists' parts that were read.
     sort_hits(rows.scratch, rows.sorted, size());
-    const PackedHit* hits = rows.scratch.data();
-    rows.scratch.resize(size_t(std::unique(rows.scratch.data(), rows.scratch.data() + rows.scratch.size()) - hits));
-    return count_live(rows);
+    PackedHit* const hits = rows.scratch.data();
+    rows.scratch.resize(size_t(std::unique(hits, hits + rows.scratch.size()) - hits));
+    return count_live(rows.scratch);
 }
 
 // From the finest sample up: the lists are complete above the cone's bound, so they decide as soon as there are
@@ -283,9 +330,11 @@ int64_t ShallowCutting::list_bytes() const {
     for (const Level& level : levels_)
         bytes += (level.keys.size() + level.normals.size()) * sizeof(float) +
                  (level.simplices.size() + level.first_facet.size() + level.around.size() + level.list_size.size() +
-                  level.next_sample.size() + level.positions.size()) *
+                  level.positions.size() + level.next_ranks.size()) *
                      sizeof(int32_t) +
-                 level.offsets.size() * sizeof(double) + level.list.size() * sizeof(int64_t);
+                 level.next_keys.size() * sizeof(float) +
+                 (level.offsets.size() + level.heights.size()) * sizeof(double) +
+                 (level.list.size() + level.next_list.size()) * sizeof(int64_t);
     return int64_t(bytes);
 }
 

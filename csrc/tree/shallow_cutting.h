@@ -10,6 +10,9 @@
 // meets the half-space, which then holds about n / r_j keys or more, and a coarser sample answers. When
 // even the coarsest meets it, the query is not shallow and the partition tree answers.
 //
+// More: a key with <q, x> >= b has lambda_i (<n_i, x> - o_i) >= (b - bound) / d for some i, so a list that is sorted by
+// <n_i, x> need only be read down to that height.
+//
 // The extreme vertex of R_{j+1} is that of R_j or in the d lists of R_j, so it is found on the way down with
 // O(1) expected work a level. Nothing here trusts Qhull: a query is answered only from facets whose lambda
 // certify it, with the rounding bounded; facets that are wrong only cost speed.
@@ -33,7 +36,7 @@ public:
     int64_t levels() const { return int64_t(levels_.size()); }
     int64_t list_bytes() const;
 
-    void report(const Query& query, double threshold, Rows& rows) const override;
+    void gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const override;
     int64_t count(const Query& query, double threshold, Rows& rows) const override;
     void top(const Query& query, Best& best, Counters& counters) const override;
     int64_t nbytes() const override;
@@ -49,22 +52,29 @@ private:
         std::vector<int32_t> around;       // facets around each sample
         std::vector<int64_t> list;         // [facets + 1] into the lists, multiples of 8
         std::vector<int32_t> list_size;    // [facets]
-        std::vector<int32_t> next_sample;  // [facets], how many of the list are in the next sample: they come first
-        Floats keys;                       // the lists' keys in blocks
+        Floats keys;                       // the lists' keys in blocks, the highest above its facet first
         std::vector<int32_t> positions;    // and their positions
+        std::vector<double> heights;       // <n_i, x> of the first key of each block
+        // Those of the lists that are in the next sample, in the same form.
+        std::vector<int64_t> next_list;
+        Floats next_keys;
+        std::vector<int32_t> next_ranks;
     };
     // d facets around the extreme vertex, and the bound of the score of any key in none of their lists.
     struct Cone {
         int32_t facet[kMaxDim];
+        double lambda[kMaxDim];
         double bound;
         bool valid = false;
     };
 
+    double dot(const Query& query, const float* key) const;
     double dot(const Query& query, int32_t rank) const;
+    void link(Level& level, int64_t next_sample) const;
     Cone cone(const Level& level, int32_t vertex, const Query& query) const;
     // Walks down while the samples' extreme scores stay below the threshold; returns how many cones it wrote.
     int descend(const Query& query, double threshold, Cone* cones, Counters& counters) const;
-    bool scan_lists(const Query& query, double threshold, Rows& rows) const;
+    bool scan_lists(const Query& query, double threshold, Growable<PackedHit>& hits, Counters& counters) const;
 
     std::vector<int32_t> position_;  // of each rank
     std::vector<int32_t> rank_;      // of each position

@@ -9,17 +9,21 @@
 
 namespace hsr::tree {
 
-Query::Query(std::vector<double> coordinates) : q(std::move(coordinates)), magnitude(q.size()) {
+void Query::set(const float* coordinates, int dim) {
+    q.assign(coordinates, coordinates + dim);
+    q32 = coordinates;
+    measure();
+}
+
+void Query::measure() {
+    magnitude.resize(q.size());
+    norm1 = norm2 = 0;
     for (size_t j = 0; j < q.size(); ++j) {
         magnitude[j] = std::fabs(q[j]);
         norm1 += magnitude[j];
         norm2 += q[j] * q[j];
     }
     norm2 = std::sqrt(norm2);
-}
-
-Query::Query(const float* coordinates, int dim) : Query(std::vector<double>(coordinates, coordinates + dim)) {
-    q32 = coordinates;
 }
 
 size_t Best::above(double score) const {
@@ -48,56 +52,25 @@ void Best::write(Rows& rows) {
 }
 
 Floats blocked(int dim, const float* keys, const int32_t* order, int64_t count) {
-    Floats blocks(block_count(count) * size_t(dim) * kLanes, std::numeric_limits<float>::quiet_NaN());
-    for (int64_t p = 0; p < count; ++p) {
-        const float* key = keys + (order ? order[p] : p) * dim;
-        float* lane = blocks.data() + p / kLanes * kLanes * dim + p % kLanes;
-        for (int j = 0; j < dim; ++j) lane[j * kLanes] = key[j];
-    }
+    constexpr int64_t kRun = 1 << 15;  // keys moved as one task
+    const size_t width = size_t(dim) * kLanes;
+    Floats blocks(block_count(count) * width);
+    if (count % kLanes)
+        std::fill(blocks.end() - std::ptrdiff_t(width), blocks.end(), std::numeric_limits<float>::quiet_NaN());
+    parallel_for(size_t((count + kRun - 1) / kRun), [&](size_t run) {
+        for (int64_t p = int64_t(run) * kRun; p < std::min(count, int64_t(run + 1) * kRun); ++p) {
+            const float* key = keys + (order ? order[p] : p) * dim;
+            float* lane = blocks.data() + p / kLanes * kLanes * dim + p % kLanes;
+            for (int j = 0; j < dim; ++j) lane[j * kLanes] = key[j];
+        }
+    });
     return blocks;
 }
 
-namespace {
-
-// Few hits: one counting pass over as many buckets as hits puts ids that are spread evenly almost in order, and
-// insertion ends it. Falls back to comparing when a bucket is full, so the order of ids cannot make it slow.
-bool sort_few(PackedHit* hits, size_t n, PackedHit* spare) {
-    constexpr size_t kBuckets = 256, kFull = 12;
-    uint64_t low = hits[0], high = hits[0];
-    for (size_t i = 1; i < n; ++i) {
-        low = hits[i] < low ? hits[i] : low;
-        high = hits[i] > high ? hits[i] : high;
-    }
-    low >>= 32;
-    const uint64_t span = (high >> 32) - low;
-    int shift = 32;
-    while (span >> (shift - 32) >= kBuckets) ++shift;
-    uint8_t starts[kBuckets + 1] = {};
-    const uint64_t base = low << 32;
-    for (size_t i = 0; i < n; ++i)
-        if (++starts[((hits[i] - base) >> shift) + 1] > kFull) return false;
-    const size_t buckets = size_t(span >> (shift - 32)) + 1;
-    for (size_t v = 1; v < buckets; ++v) starts[v] = uint8_t(starts[v] + starts[v - 1]);
-    for (size_t i = 0; i < n; ++i) spare[starts[(hits[i] - base) >> shift]++] = hits[i];
-    for (size_t i = 0; i < n; ++i) {
-        const PackedHit hit = spare[i];
-        size_t at = i;
-        for (; at && hits[at - 1] > hit; --at) hits[at] = hits[at - 1];
-        hits[at] = hit;
-    }
-    return true;
-}
-
-}  // namespace
-
 void sort_hits(Growable<PackedHit>& hits, Growable<PackedHit>& spare, int64_t positions) {
     const size_t n = hits.size();
-    constexpr size_t kTiny = 16, kFew = 250;
-    if (n <= kFew) {
-        spare.clear();
-        if (n <= kTiny || !sort_few(hits.data(), n, spare.room(n))) std::sort(hits.data(), hits.data() + n);
-        return;
-    }
+    constexpr size_t kFew = 250;
+    if (n <= kFew) return std::sort(hits.data(), hits.data() + n);
     int bits = 1;
     while ((int64_t(1) << bits) < positions) ++bits;
     const int passes = (bits + 10) / 11, width = (bits + passes - 1) / passes;
@@ -186,11 +159,21 @@ int64_t StaticIndex::nbytes() const {
     return int64_t(ids_.size() * sizeof(int64_t) + blocks_.size() * sizeof(float) + dead_.size());
 }
 
-void StaticIndex::report(const Query& query, double threshold, Rows& rows) const {
+void StaticIndex::gather(const Tile&, Which which, Gathered* gathered, Counters&) const {
+    for (; which; which &= which - 1) gathered[__builtin_ctzll(which)].scan = true;
+}
+
+void StaticIndex::report(const Query& query, double threshold, Gathered& gathered, Rows& rows) const {
+    if (gathered.scan)
+        scan_all(search(query, threshold), rows);
+    else
+        append_sorted(gathered.hits, rows);
+}
+
+void StaticIndex::scan_all(const Search& wanted, Rows& rows) const {
     constexpr int64_t kPerThread = 1 << 16;  // keys: below, a second thread takes longer to start than it saves
     const int64_t tasks = rows.alone ? std::min<int64_t>(num_threads(), size_ / kPerThread) : 1;
     rows.counters.scored += size_;
-    const Search wanted = search(query, threshold);
     if (tasks <= 1) return scan(wanted, 0, size_, rows);
     std::vector<Rows> pieces(static_cast<size_t>(tasks));
     const auto boundary = [&](int64_t task) { return task == tasks ? size_ : size_ * task / tasks / kLanes * kLanes; };
@@ -236,37 +219,87 @@ int64_t StaticIndex::count(const Query& query, double threshold, Rows& rows) con
     rows.scratch.clear();
     PackedHit* hits = rows.scratch.room(size_t(size_ + kLanes));
     rows.scratch.added(kernels().scan(blocks_.data(), dim_, 0, size_, search(query, threshold), nullptr, hits));
-    return count_live(rows);
+    return count_live(rows.scratch);
 }
 
 void StaticIndex::top(const Query& query, Best& best, Counters& counters) const {
     offer_range(blocks_.data(), nullptr, 0, size_, query, best, counters);
 }
 
-void StaticIndex::append_sorted(Rows& rows) const {
-    sort_hits(rows.scratch, rows.sorted, size_);
-    const size_t n = rows.scratch.size();
-    const PackedHit* hits = rows.scratch.data();
-    int64_t* ids = rows.ids.room(n);
-    float* scores = rows.scores.room(n);
-    size_t kept = 0;
-    int64_t previous = -1;
-    for (size_t i = 0; i < n; ++i) {
-        const int64_t position = int64_t(hits[i] >> 32);
-        const uint32_t bits = uint32_t(hits[i]);
-        ids[kept] = id(position);
-        __builtin_memcpy(scores + kept, &bits, 4);
-        kept += position != previous && !dead(position);
-        previous = position;
+// Sorts few hits, spread over the positions, in one counting pass; others by digits. Returns how many are written.
+size_t StaticIndex::place_sorted(Growable<PackedHit>& hits, int64_t first_id, int64_t* ids, float* scores,
+                                 Rows& rows) const {
+    constexpr size_t kMaxWords = 1024;
+    size_t n = hits.size(), words = 4;  // 16 to 32 buckets a hit: about one in 50 hits meets another
+    int word_bits = 2, bits = 1;
+    while (4 * words < n) words *= 2, ++word_bits;
+    const auto write = [&](size_t at, PackedHit hit) {
+        const uint32_t score = uint32_t(hit);
+        ids[at] = first_id + int64_t(hit >> 32);
+        __builtin_memcpy(scores + at, &score, 4);
+    };
+    if (words <= kMaxWords) {
+        while ((int64_t(1) << bits) < size_) ++bits;
+        if (rows.seen.size() < words) rows.seen.resize(words), rows.before.resize(words);
+        rows.sorted.clear();
+        PackedHit* rest = rows.sorted.room(n + 1);
+        const size_t left = kernels().spread(hits.data(), n, std::max(0, bits - 6 - word_bits), words, rows.seen.data(),
+                                             rows.before.data(), first_id, ids, scores, rest);
+        if (!left) return n;
+        size_t placed = n - left;
+        if (left <= 8 + n / 8) {
+            std::sort(rest, rest + left);
+            size_t from = placed, to = n;
+            bool repeated = false;
+            for (size_t r = left; r-- > 0;) {
+                const int64_t id = first_id + int64_t(rest[r] >> 32);
+                for (; from && ids[from - 1] > id; --from) ids[--to] = ids[from - 1], scores[to] = scores[from - 1];
+                repeated |= (from && ids[from - 1] == id) || (to < n && ids[to] == id);
+                write(--to, rest[r]);
+            }
+            if (!repeated) return n;
+            size_t kept = 0;
+            for (size_t i = 0; i < n; ++i) {
+                ids[kept] = ids[i];
+                scores[kept] = scores[i];
+                kept += i + 1 == n || ids[i] != ids[i + 1];
+            }
+            return kept;
+        }
+        std::memcpy(hits.data() + placed, rest, left * sizeof(PackedHit));
     }
-    rows.ids.added(kept);
-    rows.scores.added(kept);
+    sort_hits(hits, rows.sorted, size_);
+    size_t kept = 0;
+    for (size_t i = 0; i < n; ++i) {
+        write(kept, hits.data()[i]);
+        kept += i + 1 == n || hits.data()[i] >> 32 != hits.data()[i + 1] >> 32;
+    }
+    return kept;
 }
 
-int64_t StaticIndex::count_live(const Rows& rows) const {
-    if (!any_dead()) return int64_t(rows.scratch.size());
+void StaticIndex::append_sorted(Growable<PackedHit>& hits, Rows& rows) const {
+    const bool plain = contiguous_ && !any_dead();
+    int64_t* ids = rows.ids.room(hits.size());
+    float* scores = rows.scores.room(hits.size());
+    size_t found = place_sorted(hits, plain ? first_id_ : 0, ids, scores, rows);
+    if (!plain) {
+        size_t kept = 0;
+        for (size_t i = 0; i < found; ++i) {
+            const int64_t position = ids[i];
+            ids[kept] = id(position);
+            scores[kept] = scores[i];
+            kept += !dead(position);
+        }
+        found = kept;
+    }
+    rows.ids.added(found);
+    rows.scores.added(found);
+}
+
+int64_t StaticIndex::count_live(const Growable<PackedHit>& hits) const {
+    if (!any_dead()) return int64_t(hits.size());
     int64_t live = 0;
-    for (size_t i = 0; i < rows.scratch.size(); ++i) live += !dead(int64_t(rows.scratch.data()[i] >> 32));
+    for (size_t i = 0; i < hits.size(); ++i) live += !dead(int64_t(hits.data()[i] >> 32));
     return live;
 }
 

@@ -17,9 +17,11 @@ constexpr double kUnit = 1.1102230246251565e-16;
 
 // One query in float64, with what bounds need of it.
 struct Query {
-    explicit Query(const float* coordinates, int dim);
-    explicit Query(std::vector<double> coordinates);  // in a frame of our own; without q32
-    std::vector<double> q, magnitude;                 // [dim], and |q_j|
+    Query() = default;
+    Query(const float* coordinates, int dim) { set(coordinates, dim); }
+    void set(const float* coordinates, int dim);  // memory is used again
+    void measure();                               // magnitudes and norms, after a change of q
+    std::vector<double> q, magnitude;             // [dim], and |q_j|
     const float* q32 = nullptr;
     double norm1 = 0, norm2 = 0;  // sums of |q_j|, and the Euclidean norm
 };
@@ -33,9 +35,26 @@ struct Counters {
 struct Rows {
     Growable<int64_t> ids;
     Growable<float> scores;
-    Growable<PackedHit> scratch, sorted;  // one part's hits, before and after sorting
+    Growable<PackedHit> scratch, sorted;  // hits before and after sorting
+    std::vector<uint64_t> seen;           // zeros, see Kernels::spread
+    std::vector<uint32_t> before;
     Counters counters;
     bool alone = false;  // the only query of a call: its scans may use all threads
+};
+
+// Queries that are answered together, so that what one has read is near for the next.
+constexpr int kTile = 64;
+using Which = uint64_t;  // a bit a query of a tile
+struct Tile {
+    int size = 0;
+    Query queries[kTile];
+    double thresholds[kTile];
+};
+// What a structure found for one query: the positions in the half-space in any order, deleted ones included, or
+// that a scan is cheaper.
+struct Gathered {
+    Growable<PackedHit> hits;
+    bool scan = false;
 };
 
 // The r best keys so far: larger scores first, among equal scores lower ids. A quarter more than r are held
@@ -83,8 +102,10 @@ public:
     // Adds a key with the next id. Only for an index without structure.
     void append(const float* key);
 
-    // Appends the live keys with score >= threshold to the row.
-    virtual void report(const Query& query, double threshold, Rows& rows) const;
+    // Fills `gathered` at each query of `which`; the others are left alone. Cleared before.
+    virtual void gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const;
+    // Appends what was gathered to the row: the live keys with score >= threshold.
+    void report(const Query& query, double threshold, Gathered& gathered, Rows& rows) const;
     virtual int64_t count(const Query& query, double threshold, Rows& rows) const;
     virtual void top(const Query& query, Best& best, Counters& counters) const;
     virtual void erase(int64_t position);
@@ -98,15 +119,17 @@ protected:
     Search search(const Query& query, double threshold) const;
     const float* blocks() const { return blocks_.data(); }
 
-    // Sorts rows.scratch (positions in this structure), drops deleted keys and repetitions, appends the rest.
-    void append_sorted(Rows& rows) const;
-    // Drops deleted keys from rows.scratch and returns how many are left; repetitions are not looked for.
-    int64_t count_live(const Rows& rows) const;
+    // How many of the hits (positions in this structure) are not deleted; repetitions are not looked for.
+    int64_t count_live(const Growable<PackedHit>& hits) const;
     void offer_range(const float* blocks, const int32_t* positions, int64_t begin, int64_t end, const Query& query,
                      Best& best, Counters& counters) const;
 
 private:
     void scan(const Search& search, int64_t begin, int64_t end, Rows& rows) const;
+    void scan_all(const Search& search, Rows& rows) const;
+    // Sorts the hits, drops deleted keys and repetitions, appends the rest.
+    void append_sorted(Growable<PackedHit>& hits, Rows& rows) const;
+    size_t place_sorted(Growable<PackedHit>& hits, int64_t first_id, int64_t* ids, float* scores, Rows& rows) const;
 
     int dim_;
     int64_t size_, live_, first_id_ = 0;

@@ -6,6 +6,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from hsr_attention.attention.indexed import attend_over
 from hsr_attention.policies import ReLUPolicy
 from hsr_attention.prefill import attend_once
 from hsr_attention.thresholds import ThresholdRule
@@ -21,6 +22,7 @@ def relu_attention(
     scale: float | None = None,
     is_causal: bool = False,
     mask: Any = None,
+    index: Any = None,
     return_certificate: bool = False,
 ) -> Any:
     """ReLU^power attention (paper, Definition 1.2): equal to dense, over the reported keys only.
@@ -37,11 +39,10 @@ def relu_attention(
         b of the paper, in logit units; ``thresholds.Gaussian()`` keeps about n^(4/5) keys.
     power : int >= 1
         alpha of the paper.
-    scale, is_causal, mask, return_certificate
+    scale, is_causal, mask, index, return_certificate
         As in ``softmax_attention``.
     """
     policy = ReLUPolicy(threshold=threshold, power=power)  # type: ignore[arg-type]
-    out, certificate = attend_once(
-        policy, q, k, v, scale, is_causal, mask, certify=return_certificate
-    )
+    options = (policy, q, k, v, scale, is_causal, mask, return_certificate)
+    out, certificate = attend_once(*options) if index is None else attend_over(index, *options)
     return (out, certificate) if return_certificate else out

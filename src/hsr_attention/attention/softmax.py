@@ -7,6 +7,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from hsr_attention.attention.certificate import Certificate
+from hsr_attention.attention.indexed import attend_over
 from hsr_attention.policies import SoftmaxPolicy
 from hsr_attention.prefill import attend_once
 
@@ -24,6 +25,7 @@ def softmax_attention(
     scale: float | None = None,
     is_causal: bool = False,
     mask: Any = None,
+    index: Any = None,
     return_certificate: bool = False,
 ) -> Any:
     """Softmax attention by half-space reporting, as torch's ``scaled_dot_product_attention``.
@@ -50,6 +52,14 @@ def softmax_attention(
         Query i sees keys 0 .. i (aligned at the start, as in torch).
     mask : bool [batch or 1, m or 1, n], optional
         True where a key may be seen.
+    index : str, HalfspaceIndex, or [batch][kv_heads] of them, optional
+        For heads of few dimensions: attend to what an index reports, at full precision, and drop
+        the rest. One for each batch row and key head, holding ``k`` by position; or a kind of
+        ``halfspace_index`` ("auto", "convex_layers", ...) to build inside the call (paper,
+        Algorithm 3). Causality and masks filter what is reported. ``epsilon`` keeps the largest
+        logits until T / (Z + T) <= epsilon, T = (n - r) e^b: Z is the mass of the r kept keys and b
+        the least of their logits. Only reported rows of k and v are read, unless a certificate is
+        asked for.
     return_certificate : bool
         Return ``(out, Certificate)``.
 
@@ -65,9 +75,8 @@ def softmax_attention(
         tail=tail,
         exact=exact,
     )
-    out, certificate = attend_once(
-        policy, q, k, v, scale, is_causal, mask, certify=return_certificate
-    )
+    options = (policy, q, k, v, scale, is_causal, mask, return_certificate)
+    out, certificate = attend_once(*options) if index is None else attend_over(index, *options)
     return (out, certificate) if return_certificate else out
 
 

@@ -10,7 +10,9 @@ from hsr_attention.cli import console, options
 from hsr_attention.cli.bench_generate import bench_generate
 from hsr_attention.cli.bench_index import bench_index
 from hsr_attention.cli.bench_length import bench_length
+from hsr_attention.cli.bench_prefill import bench_prefill
 from hsr_attention.cli.bench_relu import bench_relu
+from hsr_attention.cli.bench_scaling import bench_scaling
 from hsr_attention.cli.bench_threads import bench_threads
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import SoftmaxPolicy
@@ -30,6 +32,8 @@ app.command("length")(bench_length)
 app.command("relu")(bench_relu)
 app.command("threads")(bench_threads)
 app.command("index")(bench_index)
+app.command("prefill")(bench_prefill)
+app.command("scaling")(bench_scaling)
 
 
 @app.command()

@@ -249,6 +249,12 @@ def _print_agreement(hsr: Run, dense: Run, found: Agreement) -> None:
         ["next-token log-probability, |difference|: mean", f"{found.logprob_mean:.4f} nats"],
         ["next-token log-probability, |difference|: max", f"{found.logprob_max:.4f} nats"],
     ]
+    rows.append(
+        [
+            "prefill speed, whole model",
+            f"{dense.prefill_seconds / hsr.prefill_seconds:.2f} x dense",
+        ]
+    )
     if speeds[0] and speeds[1]:
         rows.append(["decoding speed, whole model", f"{speeds[0] / speeds[1]:.2f} x dense"])
     console.print_table("Compared with dense", ["", "found"], rows)

@@ -81,7 +81,14 @@ def _newest(x: Any, n: int) -> Any:
 
 
 def synthetic_heads(
-    heads: int, kv_heads: int, head_dim: int, n: int, dtype: str, layers: int = 4, seed: int = 0
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    n: int,
+    dtype: str,
+    layers: int = 4,
+    seed: int = 0,
+    queries: int = QUERIES,
 ) -> list[Heads]:
     """Make heads up: keys around 64 centres, queries that lean towards a few of them."""
     import torch
@@ -94,10 +101,10 @@ def synthetic_heads(
         k = np.take_along_axis(centres, which[..., None], axis=1)
         k = k + 0.7 * rng.standard_normal((kv_heads, n, head_dim))
         v = rng.standard_normal((kv_heads, n, head_dim))
-        near = rng.integers(0, 64, (heads, QUERIES))
+        near = rng.integers(0, 64, (heads, queries))
         group = heads // kv_heads
         q = np.stack([centres[h // group, near[h]] for h in range(heads)])
-        q = 0.6 * q + rng.standard_normal((heads, QUERIES, head_dim))
+        q = 0.6 * q + rng.standard_normal((heads, queries, head_dim))
         kind = getattr(torch, dtype)
         q, k, v = (torch.tensor(x[None], dtype=kind) for x in (q, k, v))
         made.append(Heads(f"synthetic {layer}", q, k, v, head_dim**-0.5))

@@ -1,8 +1,9 @@
-"""Perplexity through the real decoding path: one token at a time over the cache."""
+"""Perplexity through the real paths: token by token over the cache, or a whole prompt at once."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,3 +79,72 @@ def perplexity(
         sum(decoded.seconds),
         None if policy is None else cache.statistics(),
     )
+
+
+SCORED_AT_ONCE = 512  # positions whose logits over the vocabulary are held
+
+
+def prompt_perplexity(
+    model: Any,
+    ids: Any,
+    policy: Policy | None = None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Perplexity:
+    """Read the prompt ``ids`` [1, n] in one piece and score each of its tokens but the first.
+
+    Attention is that of a prompt: ``HSRCache`` with this policy, or dense without one. The logits
+    are made a few positions at a time from the last hidden states, which is refused where a model
+    does more to its logits than its output embedding. ``on_layer`` is called after each attention
+    layer. ``seconds`` is the time of the pass, the scoring aside.
+    """
+    import torch
+
+    n = ids.shape[1]
+    if n < 2:
+        raise InputError(f"the prompt must have at least 2 tokens, got {n}")
+    head = model.get_output_embeddings()
+    before = model.config._attn_implementation
+    hooks = [
+        module.register_forward_hook(lambda *_: on_layer()) for module in attention_layers(model)
+    ]
+    try:
+        with torch.no_grad():
+            _check_head(model, head, ids)
+            cache = (
+                generation.dense_cache(model)
+                if policy is None
+                else generation.hsr_cache(model, policy, collect=False)
+            )
+            start = time.perf_counter()
+            hidden = model.base_model(ids, past_key_values=cache, use_cache=True)
+            hidden = hidden.last_hidden_state[0]
+            seconds = time.perf_counter() - start
+            nats: list[float] = []
+            for first in range(0, n - 1, SCORED_AT_ONCE):
+                last = min(first + SCORED_AT_ONCE, n - 1)
+                logprobs = head(hidden[first:last]).float().log_softmax(-1)
+                found = logprobs.gather(1, ids[0, first + 1 : last + 1, None])
+                nats += (-found[:, 0]).tolist()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(before)
+    return Perplexity(math.exp(sum(nats) / len(nats)), nats, 1, seconds)
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """Return the attention modules of a model, as transformers marks them."""
+    return [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "is_causal")]
+
+
+def _check_head(model: Any, head: Any, ids: Any) -> None:
+    import torch
+
+    part = ids[:, :4]
+    expected = model(part, use_cache=False).logits[0]
+    found = head(model.base_model(part, use_cache=False).last_hidden_state[0])
+    if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2):
+        raise InputError(
+            f"a {model.config.model_type} model scales or caps its logits: whole prompts of it "
+            "cannot be scored, only tokens by --prefix and --tokens"
+        )

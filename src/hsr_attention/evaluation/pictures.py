@@ -173,3 +173,71 @@ def length_speed(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def prefill_speed(path: Path, title: str, result: dict[str, Any]) -> None:
+    """Draw the time of prompt attention against n, and by layer for the longest prompt."""
+    totals, rows = result["totals"], result["layers"]
+    longest = totals[-1]["n"]
+    figure = _figure(13, 4.8)
+    figure.suptitle(title, fontsize=10)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.3])
+    n = [total["n"] for total in totals]
+    for name, colour, label in (
+        ("fastest_dense_ms", DENSE_COLOUR, "fastest dense path"),
+        ("hsr_ms", HSR_COLOUR, "hsr"),
+    ):
+        left.plot(n, [t[name] / 1e3 for t in totals], "-o", color=colour, label=label)
+    _seconds_against_n(left, "seconds, all layers (attention only)", totals)
+    last = [row for row in rows if row["n"] == longest]
+    at = np.arange(len(last))
+    dense = [row["dense_ms"][row["fastest_dense"]] / 1e3 for row in last]
+    right.bar(at - 0.2, dense, 0.4, color=DENSE_COLOUR, label="fastest dense path")
+    right.bar(at + 0.2, [r["hsr_ms"] / 1e3 for r in last], 0.4, color=HSR_COLOUR, label="hsr")
+    for x, row, height in zip(at, last, dense, strict=True):
+        text = f"{row['speedup']:.1f}x\n{100 * row['density']:.2g} %"
+        top = max(height, row["hsr_ms"] / 1e3)
+        right.annotate(text, (x, top), ha="center", va="bottom", fontsize=7)
+    right.set_xticks(at, [row["layer"] for row in last])
+    right.set_xlabel("layer")
+    right.set_ylabel("seconds")
+    right.set_title(f"By layer at n = {longest:,}: speed-up, density", fontsize=10)
+    right.margins(y=0.15)
+    right.legend()
+    figure.savefig(path, dpi=130)
+
+
+def first_token(path: Path, title: str, result: dict[str, Any]) -> None:
+    """Draw time to first token and memory of a whole model against n."""
+    rows = result["prompts"]
+    figure = _figure(12, 4.8)
+    figure.suptitle(title, fontsize=10)
+    left, right = figure.subplots(1, 2)
+    n = [row["n"] for row in rows]
+    for name, colour, label in (
+        ("dense", DENSE_COLOUR, "dense (sdpa)"),
+        ("hsr", HSR_COLOUR, "half-space reporting"),
+    ):
+        left.plot(n, [r[f"{name}_seconds"] for r in rows], "-o", color=colour, label=label)
+        if all(row[f"{name}_peak_bytes"] is not None for row in rows):
+            peaks = [row[f"{name}_peak_bytes"] / 1e6 for row in rows]
+            right.plot(n, peaks, "-o", color=colour, label=label)
+    _seconds_against_n(left, "seconds to the first token", rows)
+    right.set_xlabel("tokens of the prompt")
+    right.set_ylabel("peak memory above the model, MB")
+    right.grid(alpha=0.3)
+    if right.get_legend_handles_labels()[0]:
+        right.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _seconds_against_n(axes: Any, label: str, rows: list[dict[str, Any]]) -> None:
+    axes.set_xlabel("tokens of the prompt")
+    axes.set_ylabel(label)
+    if len(rows) > 1:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([r["n"] for r in rows], [f"{r['n']:,}" for r in rows])
+    axes.set_title(", ".join(f"{r['n']:,}: {r['speedup']:.1f}x" for r in rows), fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()

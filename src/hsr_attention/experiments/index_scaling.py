@@ -251,7 +251,7 @@ def run(**options: Any) -> dict[str, Any]:
     """Measure, fit and find crossovers; everything as plain values, with the machine."""
     rows = measure(**options)
     return {
-        "machine": {"processor": _processor(), "isa": _native.isa_in_use(),
+        "machine": {"processor": processor(), "isa": _native.isa_in_use(),
                     "threads": options.get("threads", 1)},
         "rows": [{**asdict(row), "speedup": row.speedup} for row in rows],
         "exponents": [asdict(fit) for fit in exponents(rows)],
@@ -259,7 +259,8 @@ def run(**options: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

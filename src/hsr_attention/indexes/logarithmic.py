@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from hsr_attention import _native, arguments
 from hsr_attention.report import Report, Work
 
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 TAIL = 1024  # keys; a scan of so many takes about as long as one query of a structure
 
 
@@ -105,18 +106,26 @@ class LogarithmicIndex:
                 self._forest.replace(at, self._build(keys, live) if len(live) else None)
 
     def _queries(self, queries: Any) -> NDArray[np.float32]:
+        if (
+            type(queries) is np.ndarray
+            and queries.dtype is FLOAT32
+            and queries.ndim == 2
+            and queries.shape[1] == self._head_dim
+            and queries.flags.c_contiguous
+        ):
+            return queries  # the usual case; every check below would pass
         array = arguments.matrix("queries", queries, self._head_dim)
         return np.ascontiguousarray(array.to_float32())
 
     def report(self, queries: Any, thresholds: ArrayLike) -> Report:
         """Report the keys with <q, k> >= b for queries [m, head_dim]; b scalar or [m]."""
         values = self._queries(queries)
-        return _report(self._forest.report(values, arguments.thresholds(thresholds, len(values))))
+        return _report(self._forest.report(values, _limits(thresholds, len(values))))
 
     def count(self, queries: Any, thresholds: ArrayLike) -> NDArray[np.int64]:
         """Return the sizes of the rows ``report`` would have, int64 [m]."""
         values = self._queries(queries)
-        return self._forest.count(values, arguments.thresholds(thresholds, len(values)))
+        return self._forest.count(values, _limits(thresholds, len(values)))
 
     def top_r(self, queries: Any, r: int) -> Report:
         """Report the r largest scores of each query; among equal scores lower ids first.
@@ -125,6 +134,17 @@ class LogarithmicIndex:
         """
         values = self._queries(queries)
         return _report(self._forest.top(values, arguments.positive_integer("r", r)))
+
+
+def _limits(thresholds: ArrayLike, m: int) -> NDArray[np.float64]:
+    if (
+        type(thresholds) is np.ndarray
+        and thresholds.dtype is FLOAT64
+        and thresholds.shape == (m,)
+        and thresholds.flags.c_contiguous
+    ):
+        return thresholds  # the native code refuses NaN
+    return arguments.thresholds(thresholds, m)
 
 
 def _report(answer: tuple[Any, ...]) -> Report:

@@ -32,7 +32,7 @@ class PartitionTreeIndex(LogarithmicIndex):
     kind = "partition_tree"
     dimensions = range(1, arguments.MAX_HEAD_DIM + 1)
 
-    def __init__(self, keys: Any, *, leaf_size: int = 32):
+    def __init__(self, keys: Any, *, leaf_size: int = 64):
         self._leaf_size = arguments.positive_integer("leaf_size", leaf_size)
         super().__init__(keys)
 

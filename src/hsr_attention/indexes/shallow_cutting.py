@@ -14,7 +14,7 @@ from hsr_attention.indexes.logarithmic import LogarithmicIndex
 COARSEST = 64  # keys in the first sample, which is scanned
 GROWTH = 4  # from one sample to the next
 FINEST_SHARE = 16  # n over the size of the last sample: fewer reported keys cost no less
-LEAF_SIZE = 32
+LEAF_SIZE = 64
 FIRST_SAMPLE_LIMIT = 1024  # a degenerate sample is left out, up to this size
 
 
@@ -85,10 +85,11 @@ class ShallowCuttingIndex(LogarithmicIndex):
         """Compare the expected size of a level with ``max_bytes``.
 
         A facet of the hull of a random sample of r keys has about d n / r keys above it (Clarkson
-        and Shor, 1989); its list holds their coordinates and positions. Qhull takes about 1 KB a
-        facet.
+        and Shor, 1989); its list holds their coordinates, positions and some heights, and again
+        those about GROWTH * d of them that are in the next sample. Qhull takes about 1 KB a facet.
         """
-        lists = facets * (d * n / sample + 8) * 4 * (d + 1)
+        lists = facets * (d * n / sample + 8) * (4 * (d + 1) + 1)
+        lists += facets * (GROWTH * d + 8) * 4 * (d + 1)
         needed = part.list_bytes + lists + 1024 * facets
         if needed <= self._max_bytes:
             return True
