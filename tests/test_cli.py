@@ -556,7 +556,9 @@ def test_bench_relu(run, dtype):
     arguments = ("bench", "relu", "--n", 4096, "--rounds", 1, "--dtype", dtype)
     found = json.loads(ok(run(*arguments, "--json")))
     assert found["relative_error"] <= 2 * found["dense_relative_error"]
-    assert 0.2 < found["keys_kept"] / found["n_to_the_0.8"] < 1.5
+    assert found["keys_kept"] == pytest.approx(found["keys_expected"], rel=0.15)
+    assert found["keys_expected"] < 4096**0.8
+    refused(run(*arguments, "--exponent", 1.0), "--exponent must lie in (0, 1)")
     assert "speed-up" in ok(run(*arguments))
 
 

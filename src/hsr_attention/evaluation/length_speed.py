@@ -18,7 +18,7 @@ from hsr_attention.kv_cache import KVCache
 from hsr_attention.policies import SoftmaxPolicy
 
 PIECE = 16384  # tokens appended at a time
-# Largest score: no logit reaches it, so every key is scanned and none kept.
+# No logit reaches it, so every key is scanned and none kept.
 NOTHING = SoftmaxPolicy(threshold=1e29, tail="drop", certify=False)
 
 
@@ -40,7 +40,7 @@ def measure(
     dense: bool = True,
     on_step: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Return a row for each number of keys: the first ``n`` of ``heads`` are cached."""
+    """Return a row for each number of keys: the newest ``n`` of ``heads``, next to the queries."""
     import torch
 
     bandwidth = decode_speed.memory_bandwidth()
@@ -70,7 +70,7 @@ def _filled(policy: SoftmaxPolicy, k: Any, v: Any) -> KVCache:
 def _row(
     heads: Heads, n: int, policy: SoftmaxPolicy, rounds: int, dense: bool, bandwidth: float
 ) -> dict[str, Any]:
-    part = Heads(heads.name, heads.q, heads.k[:, :, :n], heads.v[:, :, :n], heads.scale)
+    part = Heads(heads.name, heads.q, heads.k[:, :, -n:], heads.v[:, :, -n:], heads.scale)
     cache, scanned = _filled(policy, part.k, part.v), _filled(NOTHING, part.k, part.v)
     queries = [part.q[:, :, i : i + 1].contiguous() for i in range(part.q.shape[2])]
     query = queries[-1]
