@@ -86,6 +86,11 @@ class KVCache:
         return "disk" if self._directory else "memory"
 
     @property
+    def kv_heads(self) -> int:
+        """Key heads; 0 while nothing is cached."""
+        return 0 if self._layer is None else self._layer.kv_heads
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys, values and codes, in memory and on disk."""
         return self.row_nbytes + self.code_nbytes

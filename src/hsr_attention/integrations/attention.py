@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from hsr_attention.integrations import torch_ops
-from hsr_attention.integrations.decoding import attend_cached, dense_attention
+from hsr_attention.integrations.answering import attend_cached, dense_attention
 from hsr_attention.integrations.layer import CachedRows
+from hsr_attention.integrations.masks import hsr_mask, is_causal_padding
 
 NAME = "hsr"
 
@@ -44,7 +44,7 @@ _HARMLESS = frozenset(
 def register() -> None:
     """Make ``attn_implementation="hsr"`` known to transformers, with its mask."""
     AttentionInterface.register(NAME, hsr_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, hsr_mask)
 
 
 def hsr_attention(
@@ -99,7 +99,7 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
 
 
 def _mask(mask: Any, batch: int, m: int, n: int | None) -> torch.Tensor | None:
-    """Check a mask as ``sdpa_mask`` makes it: bool [batch or 1, 1, m, n], true where seen."""
+    """Check a mask as ``hsr_mask`` makes it: bool [batch or 1, 1, m, n], true where seen."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
@@ -111,7 +111,8 @@ def _mask(mask: Any, batch: int, m: int, n: int | None) -> torch.Tensor | None:
     shape = tuple(mask.shape)
     if len(shape) == 4 and shape[1] != 1:
         raise ValueError(f"attention_mask must be the same for all heads, got shape {shape}")
-    if len(shape) != 4 or shape[0] not in (1, batch) or shape[2:] != (m, n):
+    rows = 1 if is_causal_padding(mask) else m
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[2:] != (rows, n):
         raise ValueError(
             f"attention_mask must have shape [{batch} or 1, 1, {m}, {n}], got {shape}"
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hsr_attention.integrations import torch_ops
-from hsr_attention.integrations.decoding import attend_cached
+from hsr_attention.integrations.answering import attend_cached
 
 if TYPE_CHECKING:
     from hsr_attention.integrations.layer import HSRLayer

@@ -258,9 +258,13 @@ class HSRLayer(CacheLayerMixin):
         scale: float | None,
         mask: torch.Tensor | None,
         tokens: int | None = None,
+        record: bool = True,
     ) -> torch.Tensor:
-        """Attend from the newest m positions; query [batch, heads, m, head_dim]."""
-        if self._certificates is None:
+        """Attend from the newest m positions; query [batch, heads, m, head_dim].
+
+        With ``record`` and ``collect`` the certificates are kept for ``statistics``.
+        """
+        if self._certificates is None or not record:
             return self.rows.attend(query, scale, mask=mask, tokens=tokens)
         out, certificate = self.rows.attend(
             query, scale, mask=mask, return_certificate=True, tokens=tokens

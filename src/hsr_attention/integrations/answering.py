@@ -7,16 +7,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hsr_attention.policies import ReLUPolicy
+from hsr_attention.integrations.masks import is_causal_padding, matrix
+from hsr_attention.policies import Policy, ReLUPolicy
 
 if TYPE_CHECKING:
     from hsr_attention.integrations.layer import HSRLayer
 
-# Several new positions at once (speculative decoding, chunks of a prompt) share one dense pass
-# over the keys, which is exact, and faster unless there are this many keys for each of them.
-# Measured with 9/3 heads, d = 64, one thread, 8,192 keys: a report costs 0.32 ms a position, the
-# dense pass 2.5 ms (float32) or 1.5 to 2.4 ms (bfloat16), and little more for eight positions.
+# A prompt is answered by its policy from this many keys on. Below, torch's dense attention is exact
+# and as fast (measured with 9/3 heads, d = 64, two threads: at 512 keys the times are equal).
+PROMPT_KEYS = 1024
+# The kernel for prompts takes this many rows, positions times the query heads of a key head.
+PROMPT_ROWS = 24
+# Fewer new positions (speculative decoding) share one dense pass over the keys, which is exact, and
+# faster unless there are this many keys for each of them. Measured with 9/3 heads, d = 64, one thread,
+# 8,192 keys: a report costs 0.32 ms a position, the dense pass 2.5 ms (float32) or 1.5 to 2.4 ms
+# (bfloat16), and little more for eight positions.
 KEYS_PER_POSITION = 1024
+
+
+def reports_prompts(policy: Policy) -> bool:
+    """Say whether prompts are answered by ``policy``; under ``top_r`` they are read densely.
+
+    The r largest of every position need a second look at all its keys, which a dense pass beats.
+    """
+    return isinstance(policy, ReLUPolicy) or policy.top_r is None
+
+
+def _dense_is_better(policy: Policy, m: int, rows: int, n: int) -> bool:
+    """Say whether m new positions over n keys are answered densely; ``rows`` a key head."""
+    if m == 1:
+        return False
+    if rows >= PROMPT_ROWS and reports_prompts(policy):
+        return n < PROMPT_KEYS
+    return m * KEYS_PER_POSITION > n
 
 
 def attend_cached(
@@ -28,7 +51,7 @@ def attend_cached(
     fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     tokens: int | None = None,
 ) -> torch.Tensor:
-    """Attend over the rows of a layer by its policy, or densely for several positions.
+    """Attend over the rows of a layer by its policy, or densely where that is as fast.
 
     ``fresh`` are the keys and values of all tokens, if they have just come in one piece; with
     ``tokens`` the layer is read as if it held only that many.
@@ -41,16 +64,15 @@ def attend_cached(
                 "a ReLUPolicy needs causal attention, got a mask that shows newer keys"
             )
         return _sparse(layer, query, scaling, mask, tokens)
-    if fresh is not None:
-        return dense_attention(query, *fresh, mask, scaling, causal)
-    if sees_newer or (m > 1 and m * KEYS_PER_POSITION > n):
-        keys, values = (rows[:, :, :n] for rows in layer.tensors())
-        return dense_attention(query, keys, values, mask, scaling, causal)
-    return _sparse(layer, query, scaling, mask, tokens)
+    rows = m * query.shape[1] // layer.rows.kv_heads
+    if not sees_newer and not _dense_is_better(layer.policy, m, rows, n):
+        return _sparse(layer, query, scaling, mask, tokens, record=rows < PROMPT_ROWS)
+    keys, values = fresh or (rows[:, :, :n] for rows in layer.tensors())
+    return dense_attention(query, keys, values, mask, scaling, causal)
 
 
 def _sees_newer(mask: torch.Tensor, m: int) -> bool:
-    return bool(mask[:, 0, :, -m:].triu(1).any())
+    return not is_causal_padding(mask) and bool(mask[:, 0, :, -m:].triu(1).any())
 
 
 def _sparse(
@@ -59,11 +81,14 @@ def _sparse(
     scaling: float | None,
     mask: torch.Tensor | None,
     tokens: int | None,
+    record: bool = True,
 ) -> torch.Tensor:
     seen = None if mask is None else mask[:, 0]
     if query.requires_grad and torch.is_grad_enabled():
-        return _NoGradient.apply(query, layer, scaling, seen, tokens)  # type: ignore[return-value]
-    return layer.attend(query, scaling, seen, tokens)
+        return _NoGradient.apply(  # type: ignore[return-value]
+            query, layer, scaling, seen, tokens, record
+        )
+    return layer.attend(query, scaling, seen, tokens, record)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -77,8 +102,9 @@ class _NoGradient(torch.autograd.Function):
         scaling: float | None,
         mask: torch.Tensor | None,
         tokens: int | None,
+        record: bool,
     ) -> torch.Tensor:
-        return layer.attend(query, scaling, mask, tokens)
+        return layer.attend(query, scaling, mask, tokens, record)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -97,6 +123,7 @@ def dense_attention(
 ) -> torch.Tensor:
     """Exact attention by torch; keys may be strided views, which its CPU kernels read in place."""
     m, n = query.shape[2], key.shape[2]
+    mask = matrix(mask, m, n)
     causal = causal and mask is None and m > 1
     if causal and m != n:  # torch aligns is_causal with the first key, a cache with the last
         mask, causal = torch.ones(m, n, dtype=torch.bool).tril(n - m), False
