@@ -568,3 +568,113 @@ def test_bench_threads(run):
     for name in ("matmul", "attend"):
         assert 0.2 < found[name]["slowdown"] < 5  # a busy machine; the number is for quiet ones
     assert "slowdown" in ok(run("bench", "threads", "--n", 500, "--rounds", 1))
+
+
+# ---- prompts
+
+
+@pytest.fixture(scope="module")
+def whole_heads(model, prompt, tmp_path_factory):
+    """Heads with the queries of all positions."""
+    path = tmp_path_factory.mktemp("heads") / "whole.safetensors"
+    arguments = ["--model", model, "--prompt-file", prompt, "--tokens", "256", "--layers", "0,1"]
+    assert main(["capture", *arguments, "--out", str(path), "--queries", "256"]) == 0
+    return str(path)
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("words", ["epsilon=0.03", "attention=relu,threshold=gaussian,power=2"])
+def test_bench_prefill_on_captured_heads(run, whole_heads, dtype, words, tmp_path):
+    picture = tmp_path / "prefill.png"
+    arguments = ("--keys", whole_heads, "--n", "100,256", "--dtype", dtype, "--policy", words)
+    arguments += ("--rounds", 1, "--plot", picture, "--json")
+    found = json.loads(ok(run("bench", "prefill", *arguments)))
+    assert [total["n"] for total in found["totals"]] == [100, 256]
+    assert [row["layer"] for row in found["layers"]] == ["0", "1"] * 2
+    for total in found["totals"]:
+        assert total["violations"] == 0
+        assert total["rows_checked"] == 2 * 4 * 48
+    for row in found["layers"]:
+        dense = row["dense_ms"]
+        assert set(dense) == set(row["dense_relative_error"])
+        assert len(dense) == (3 if words.startswith("epsilon") else 2)
+        assert row["speedup"] == pytest.approx(dense[row["fastest_dense"]] / row["hsr_ms"])
+        assert row["fastest_dense"] not in row["timed_once"]
+        assert 0 < row["density"] <= 1
+        assert 0 <= row["skipped_share"] <= 1
+        assert row["relative_error_mean"] < 0.05
+        assert row["integer_peak_share"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_torch
+def test_bench_prefill_prints_tables(run):
+    arguments = ("--n", 200, "--shape", "4/2x24", "--rounds", 1, "--policy", "top_r=8")
+    out = ok(run("bench", "prefill", *arguments))
+    assert "synthetic heads (made up" in out
+    assert "fastest dense path" in out
+
+
+@needs_torch
+def test_bench_prefill_of_a_model(run, model, prompt, tmp_path):
+    picture = tmp_path / "first.png"
+    arguments = ("--model", model, "--prompt-file", prompt, "--n", "100,300", "--rounds", 1)
+    found = json.loads(ok(run("bench", "prefill", *arguments, "--json", "--plot", picture)))
+    assert [row["n"] for row in found["prompts"]] == [100, 300]
+    for row in found["prompts"]:
+        assert row["same_first_token"]
+        assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["hsr_seconds"])
+        assert row["code_bytes"] > 0
+        assert row["divergence_nats"] == pytest.approx(0, abs=1e-2)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "first token" in ok(run("bench", "prefill", *arguments))
+
+
+@needs_torch
+def test_bad_prompt_benches(run, heads, whole_heads, model, prompt):
+    def bench(*arguments):
+        return run("bench", "prefill", *arguments)
+
+    refused(bench("--keys", heads), "last 16 of 256 positions", "--queries 256")
+    refused(bench("--keys", whole_heads, "--n", 300), "holds 256 positions")
+    refused(bench("--keys", whole_heads, "--layers", 7), "holds layers [0, 1]")
+    refused(bench("--keys", whole_heads, "--model", model), "give one of")
+    refused(bench("--n", "0,5"), "at least 1")
+    refused(bench("--n", "many"), "--n must be numbers")
+    refused(bench("--model", model, "--prompt-file", prompt, "--n", 301), "has 300 tokens")
+    refused(bench("--model", model, "--essays"), "--essays")
+
+
+def test_bench_scaling(run, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("scipy")
+    picture = tmp_path / "scaling.png"
+    arguments = ("--dim", "2,3,16", "--n", "100,200,400", "--repeats", 1, "--plot", picture)
+    found = json.loads(ok(run("bench", "scaling", *arguments, "--json")))
+    assert [row["d"] for row in found["rows"]] == [2] * 3 + [3] * 3 + [16] * 3
+    inside = {row["d"]: row["index"] for row in found["rows"]}
+    assert inside == {2: "convex_layers", 3: "partition_tree", 16: "codes"}
+    assert max(row["error"] for row in found["rows"]) < 1e-5
+    for fit in found["exponents"]:
+        assert fit["low"] <= fit["exponent"] <= fit["high"]
+    times = [fit for fit in found["exponents"] if fit["quantity"] == "seconds"]
+    assert [fit["theory"] for fit in times] == pytest.approx([1.8, 1.8, 1.875])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Growth" in ok(run("bench", "scaling", *arguments, "--index", "auto"))
+    refused(run("bench", "scaling", "--dim", "0"), "--dim")
+    refused(run("bench", "scaling", "--n", "0"), "--n")
+    refused(run("bench", "scaling", "--index", "tree"), "--index")
+
+
+@needs_torch
+def test_perplexity_of_a_whole_prompt(run, model, prompt):
+    arguments = ("--model", model, "--prompt-file", prompt)
+    exact = ("--policy", "epsilon=1e-7,exact=true", "--json")
+    found = json.loads(ok(run("evaluate", "prompt", *arguments, *exact)))
+    assert found["tokens"] == 300
+    assert found["scored"] == 299
+    assert found["hsr"] == pytest.approx(found["dense"], rel=1e-4)
+    assert found["logprob_difference_max"] < 1e-3
+    assert "perplexity, half-space reporting" in ok(run("evaluate", "prompt", *arguments))
+    refused(run("evaluate", "prompt", *arguments, "--tokens", 1), "--tokens")

@@ -19,11 +19,12 @@ from hsr_attention.evaluation import (  # noqa: E402
     memory,
     models,
     output_error,
+    prefill_speed,
     texts,
 )
 from hsr_attention.evaluation.capture import capture  # noqa: E402
 from hsr_attention.evaluation.errors import InputError  # noqa: E402
-from hsr_attention.evaluation.perplexity import perplexity  # noqa: E402
+from hsr_attention.evaluation.perplexity import perplexity, prompt_perplexity  # noqa: E402
 
 pytestmark = pytest.mark.transformers
 
@@ -180,6 +181,61 @@ def test_every_dense_path_is_dense_attention(group):
     exact = output_error.exact_attention(*arrays, heads.scale)
     for path in decode_speed.dense_paths(heads).values():
         np.testing.assert_allclose(path(q)[0].double().numpy(), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        hsr.SoftmaxPolicy(),
+        hsr.ReLUPolicy(threshold=0.4),
+        hsr.ReLUPolicy(threshold=[0.2, 0.6] * 3, power=2),
+    ],
+)
+def test_every_dense_path_of_prompts_is_causal_attention(group, policy, monkeypatch):
+    monkeypatch.setattr(prefill_speed, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(prefill_speed, "KEYS_AT_ONCE", 48)
+    n, kv_heads = 150, 6 // group
+    (heads,) = prefill_speed.synthetic_heads(6, kv_heads, 24, n, "float32", layers=1)
+    b = prefill_speed.limits(heads, policy)
+    arrays = [x[0].double().numpy() for x in (heads.q, heads.k, heads.v)]
+    exact = prefill_speed.exact_rows(heads, np.arange(n), b, getattr(policy, "power", 1))
+    for h in range(6):
+        q, k, v = arrays[0][h], arrays[1][h // group], arrays[2][h // group]
+        for i in (0, 1, 70, n - 1):
+            part = (q[i : i + 1], k[: i + 1], v[: i + 1])
+            expected = (
+                reference.softmax_attention(*part, heads.scale)
+                if b is None
+                else reference.relu_attention(*part, b[h, i], policy.power, heads.scale)
+            )
+            np.testing.assert_allclose(exact[h, i], expected[0], atol=1e-12)
+    for path in prefill_speed.dense_paths(heads, policy, b).values():
+        np.testing.assert_allclose(path()[0].double().numpy(), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [None, hsr.SoftmaxPolicy(epsilon=1e-6, exact=True)])
+def test_perplexity_of_a_prompt_is_that_of_one_pass(model, ids, policy):
+    layers = []
+    found = prompt_perplexity(model, ids, policy, lambda: layers.append(1))
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).exp()
+    assert found.perplexity == pytest.approx(float(expected), rel=1e-4)
+    assert found.tokens == ids.shape[1] - 1
+    assert len(layers) % tiny.LAYERS == 0
+    with pytest.raises(InputError, match="at least 2"):
+        prompt_perplexity(model, ids[:, :1])
+
+
+def test_perplexity_of_a_prompt_refuses_logits_it_cannot_make(ids):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 62}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "logits_scaling": 8.0}
+    scaled = GraniteForCausalLM(GraniteConfig(**sizes, **heads, initializer_range=1.0)).eval()
+    with pytest.raises(InputError, match="scales or caps"):
+        prompt_perplexity(scaled, ids)
 
 
 def test_tiled_keys_repeat_the_captured_ones():

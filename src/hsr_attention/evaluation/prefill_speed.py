@@ -72,7 +72,7 @@ def limits(heads: Heads, policy: Policy) -> Any:
         return None
     cache = KVCache(policy)
     cache.append(heads.k, heads.v)
-    found = cache._thresholds(arguments.heads("q", heads.q), heads.scale)
+    found = cache._thresholds(arguments.heads("q", heads.q), heads.scale, len(cache))
     return found.reshape(heads.q.shape[1:3])
 
 
