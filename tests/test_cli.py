@@ -14,7 +14,7 @@ from hsr_attention.cli import main
 from hsr_attention.cli.options import policy
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import ReLUPolicy, SoftmaxPolicy
-from hsr_attention.thresholds import Gaussian
+from hsr_attention.thresholds import Gaussian, SqrtLog
 
 needs_torch = pytest.mark.transformers
 
@@ -144,6 +144,7 @@ def test_bad_settings_of_the_environment(name, value, expected):
         (["exact=true certify=false"], SoftmaxPolicy(exact=True, certify=False)),
         (["threshold=-1.5"], SoftmaxPolicy(threshold=-1.5)),
         (["threshold=gaussian"], SoftmaxPolicy(threshold=Gaussian())),
+        (["attention=relu,threshold=sqrt_log"], ReLUPolicy(threshold=SqrtLog())),
         (["attention=relu,threshold=0.5,power=2"], ReLUPolicy(threshold=0.5, power=2)),
     ],
 )
@@ -305,7 +306,7 @@ def test_bad_models(run, prompt, tmp_path):
 
     refused(generate(tmp_path / "nothing"), "does not exist")
     refused(generate(tmp_path / "nothing.gguf"), "does not exist")
-    refused(generate(prompt), "is neither")
+    refused(generate(prompt), "is none of them")
     refused(generate(no_config), "has no config.json")
     refused(generate(bad_config), "is broken")
     refused(generate(no_weights), "is broken", "weights")

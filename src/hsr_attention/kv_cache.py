@@ -200,7 +200,7 @@ class KVCache:
         mask: Any,
         certify: bool,
     ) -> tuple[Any, Certificate | None]:
-        layer, policy = self._layer, self.policy
+        layer = self._layer
         batch, heads, m, dim = queries.shape
         if batch != layer.batch:
             raise ValueError(f"q must have batch {layer.batch} like the keys, got {batch}")
@@ -211,6 +211,7 @@ class KVCache:
                 f"q must have a multiple of kv_heads = {layer.kv_heads} heads, got {heads}"
             )
         scale = arguments.scale(scale, dim)
+        seen = None if mask is None else arguments.key_mask(mask, batch, m, len(self))
         found = layer.attend(
             queries.bits,
             int(queries.dtype),
@@ -218,8 +219,8 @@ class KVCache:
             scale=scale,
             certify=certify and self._settings["certify"],
             with_certificate=certify,
-            thresholds=None if policy.threshold is None else self._thresholds(queries, scale),
-            mask=None if mask is None else arguments.key_mask(mask, batch, m, len(self)),
+            thresholds=self._thresholds(queries, scale, visible, seen),
+            mask=seen,
             **self._settings["rule"],
         )
         out = arguments.like(q, found[0])
@@ -229,14 +230,36 @@ class KVCache:
         bound = bound + arguments.output_rounding(q, found[0])
         return out, Certificate(bound, estimate, omitted, density, lse, work)
 
-    def _thresholds(self, queries: arguments.FloatArray, scale: float) -> NDArray[np.float64]:
+    def _thresholds(
+        self,
+        queries: arguments.FloatArray,
+        scale: float,
+        visible: NDArray[np.int64] | None,
+        mask: NDArray[np.uint8] | None,
+    ) -> NDArray[np.float64] | None:
         rule = self.policy.threshold
+        if rule is None:
+            return None
         shape = queries.shape[:3]
         if callable(rule):
             key_rms = self._layer.key_rms()
             group = shape[1] // self._layer.kv_heads
-            rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), len(self), scale)
+            n = self._keys_seen(shape[2], visible, mask)
+            rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), n, scale)
         return arguments.attention_thresholds(rule, shape)
+
+    def _keys_seen(
+        self, m: int, visible: NDArray[np.int64] | None, mask: NDArray[np.uint8] | None
+    ) -> NDArray[np.int64]:
+        """Return how many keys each of the m queries may see, [batch or 1, 1, m]."""
+        n = len(self)
+        if visible is None:
+            visible = np.arange(n - m + 1, n + 1)
+        if mask is None:
+            return visible[None, None, :]
+        rows = np.broadcast_to(mask, (mask.shape[0], m, n))
+        seen = [np.count_nonzero(rows[:, i, :end], axis=1) for i, end in enumerate(visible)]
+        return np.stack(seen, axis=1)[:, None, :]
 
 
 def _native_settings(policy: Policy) -> dict[str, Any]:

@@ -40,11 +40,11 @@ def perplexity(
 
     Example: hsr evaluate perplexity --model smollm2 --essays
     """
-    from hsr_attention.evaluation import models, texts
+    from hsr_attention.evaluation import generation, models, texts
     from hsr_attention.evaluation.decode_statistics import summary
     from hsr_attention.evaluation.perplexity import perplexity as measure
 
-    wanted = options.policy(policy)
+    wanted = options.policy(policy) if policy else None
     text = options.text(prompt_file, prefix + tokens if essays else None)
     source = models.find(model)
     options.quiet_libraries()
@@ -54,7 +54,9 @@ def perplexity(
     ids = texts.token_ids(tokenizer, text, n)
     if ids.shape[1] < n:
         raise InputError(f"the text has {ids.shape[1]} tokens, --prefix and --tokens need {n}")
-    context = models.context_length(models.load_config(source))
+    config = models.load_config(source)
+    wanted = wanted or generation.default_policy(config)
+    context = models.context_length(config)
     if context is not None and n > max(context, max_context or 0):
         raise InputError(
             f"--prefix and --tokens need {n} tokens, but the model's context is {context}: use "

@@ -65,7 +65,7 @@ def run(
     """
     from hsr_attention.evaluation import models
 
-    wanted = options.policy(policy)
+    wanted = options.policy(policy) if policy else None
     options.writable(report, "--report")
     text = options.text(prompt_file, essays)
     source = models.find(model)
@@ -75,11 +75,13 @@ def run(
     ids = _ids(tokenizer, text, essays, max_prompt_tokens)
     need = ids.shape[1] + max_new_tokens
     reach = need if rope_scaling is not None and max_context is None else max_context
-    _check_context(models.load_config(source), ids.shape[1], max_new_tokens, reach)
+    config = models.load_config(source)
+    _check_context(config, ids.shape[1], max_new_tokens, reach)
     loaded = models.load(model, dtype, reach, tokenizer)
     from hsr_attention.evaluation import comparison, generation
     from hsr_attention.evaluation.decode_statistics import summary
 
+    wanted = wanted or generation.default_policy(config)
     settings: dict[str, Any] = {
         "stop": set() if ignore_eos else generation.stop_tokens(loaded.model),
         "positions": comparison.sweep(ids.shape[1]) if report else None,

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from hsr_attention.integrations.layer import CachedRows, HSRLayer
+from hsr_attention.integrations.relu_model import ReLULMConfig, relu_attention_forward
 from hsr_attention.policies import ReLUPolicy
 
 NAME = "hsr"
@@ -80,6 +81,8 @@ def hsr_attention(
         out = _cached(module, query, key, value, mask, scaling, causal)
     else:
         _check_uncached(module, query, key, causal)
+        if isinstance(getattr(module, "config", None), ReLULMConfig):
+            return relu_attention_forward(module, query, key, value, mask, scaling)
         out = _dense(query, key, value, mask, scaling, causal)
     return out.transpose(1, 2).contiguous(), None
 
