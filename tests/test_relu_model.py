@@ -1,6 +1,8 @@
 """A model with ReLU attention: dense and by half-space reporting the same, in training and after."""
 
 import itertools
+import json
+import re
 import runpy
 import subprocess
 import sys
@@ -24,7 +26,8 @@ from hsr_attention.integrations.transformers import (  # noqa: E402
 
 pytestmark = pytest.mark.transformers
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_relu_lm.py"
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "train_relu_lm.py"
 VOCABULARY, HEADS, KV_HEADS, DIM = 97, 6, 2, 16
 
 
@@ -317,3 +320,33 @@ def test_a_softmax_policy_on_a_relu_model_is_bad_input():
     loaded = models.load("relu-demo")
     with pytest.raises(InputError, match="policy must be a ReLUPolicy"):
         generation.hsr_cache(loaded.model, hsr.SoftmaxPolicy())
+
+
+# ---- the page and the experiment
+
+
+def test_the_code_of_the_page_runs(capsys):
+    page = (ROOT / "docs" / "relu_model.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    names = {}
+    for block in blocks:
+        exec(compile(block, "docs/relu_model.md", "exec"), names)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_experiment_measures_and_draws(tmp_path):
+    pytest.importorskip("needlehaystack")
+    from hsr_attention.experiments import relu_model
+
+    data = relu_model.run(quick=True, out=tmp_path)
+    for name in relu_model.RELU:
+        found = data["models"][name]
+        assert all(x["same"] == x["tokens"] for x in found["agreement"])
+        assert all(x["logprob_difference_max"] < 1e-4 for x in found["agreement"])
+        density = {n: np.mean(rows) for n, rows in found["density"].items()}
+        assert density[2048] < density[512] < density[128]
+        assert all(x["difference"] < 1e-4 for x in found["attention"].values())
+    relu_model.plot(json.loads((tmp_path / "relu_model.json").read_text()), tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000

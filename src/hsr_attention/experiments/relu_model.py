@@ -26,7 +26,8 @@ LABELS = {
     "softmax-demo": "softmax",
 }
 LENGTHS = (128, 256, 512, 1024, 2048)  # the models were trained on texts of up to 2,048 tokens
-LONG = (4096, 8192, 16384, 32768)  # beyond what they were trained for: time and density only
+LONG = (4096, 8192, 16_384)  # beyond what they were trained for: only times
+LONGEST_PROMPT = 4096
 PROMPT = 1536  # of the comparison of texts
 TOKENS = 500
 ROUNDS = 7
@@ -38,36 +39,29 @@ def held_out_essays() -> list[str]:
 
 
 def run(quick: bool, out: Path) -> dict[str, Any]:
-    """Measure everything; ``quick`` takes shorter texts. ``out`` is a directory for files."""
+    """Measure everything; ``quick`` takes shorter texts. ``out`` is a directory for the data."""
     loaded = {name: models.load(name) for name in NAMES}
     tokenizer = loaded[NAMES[0]].tokenizer
-    stream = _tokens(tokenizer, held_out_essays())
-    long_stream = _tokens(tokenizer, texts.essay_list())
-    longest = LENGTHS[-1] if quick else LONG[-1]
-    lengths = [n for n in (*LENGTHS, *LONG) if n <= longest and (not quick or n >= 512)]
-    data: dict[str, Any] = {"machine": _machine(), "held_out_tokens": stream.shape[1]}
+    held_out = _tokens(tokenizer, held_out_essays())
+    data: dict[str, Any] = {"machine": _machine(), "held_out_tokens": held_out.shape[1]}
     data["training"] = {name: training(name) for name in NAMES}
     data["perplexity"] = {
-        name: {n: perplexity(model.model, stream, n) for n in (512, 2048)}
+        name: {n: perplexity(model.model, held_out, n) for n in (512, LENGTHS[-1])}
         for name, model in loaded.items()
     }
-    data["models"] = {}
-    for name in RELU:
-        model = loaded[name].model
-        data["models"][name] = {
-            "density": densities(model, stream, LENGTHS[-1]),
-            "decode": {n: decode_times(model, long_stream[:, : n + 1], ROUNDS) for n in lengths},
-            "attention": {n: attention_times(model, long_stream[:, :n], ROUNDS) for n in lengths},
-            "prefill": {
-                n: prefill_times(model, long_stream[:, :n], 3)
-                for n in lengths
-                if n <= (2048 if quick else 8192)
-            },
+    long_text = _tokens(tokenizer, texts.essay_list())
+    lengths = (512, LENGTHS[-1]) if quick else (*LENGTHS[1:], *LONG)
+    data["models"] = {
+        name: times(loaded[name].model, long_text, lengths)
+        | {
+            "density": densities(loaded[name].model, held_out, LENGTHS[-1]),
             "agreement": [
-                agreement(model, stream[:, start : start + PROMPT], 50 if quick else TOKENS)
-                for start in (0, 4000, 8000)
+                agreement(loaded[name].model, held_out[:, i : i + PROMPT], 50 if quick else TOKENS)
+                for i in (0, 5000, 10_000)
             ],
         }
+        for name in RELU
+    }
     (out / "relu_model.json").write_text(json.dumps(data))
     return data
 
@@ -140,78 +134,91 @@ def _alternate(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def _caches(model: Any, ids: Any) -> dict[str, Any]:
-    """Return a dense and a reporting cache that hold the same keys and values of ``ids``."""
-    dense = generation.dense_cache(model)
-    generation.prefill(model, ids, dense, 1024)
-    hsr = generation.hsr_cache(model, generation.default_policy(model.config), collect=False)
-    for i, layer in enumerate(dense.layers):
-        hsr.update(layer.keys, layer.values, i)
-    return {"dense": dense, "hsr": hsr}
+def times(model: Any, text: Any, lengths: tuple[int, ...]) -> dict[str, dict[int, Any]]:
+    """Return milliseconds of attention, of a token of the whole model, and of a prompt, by length.
+
+    One dense pass over the longest text gives the keys, values and queries of the shorter ones.
+    """
+    from hsr_attention.evaluation.capture import capture
+
+    longest = max(lengths)
+    layers = list(range(model.config.num_hidden_layers))
+    heads = capture(model, text[:, :longest], layers, queries=longest)
+    found: dict[str, dict[int, Any]] = {"attention": {}, "decode": {}, "prefill": {}}
+    for n in lengths:
+        parts = [[heads.tensors[f"{x}{i}"][None, :, :n] for x in "qkv"] for i in layers]
+        found["attention"][n] = attention_times(model.config, parts, heads.scale)
+        found["decode"][n] = decode_times(model, parts, int(text[0, n]))
+        if n <= LONGEST_PROMPT:
+            found["prefill"][n] = prefill_times(model, text[:, :n])
+    return found
 
 
-def decode_times(model: Any, ids: Any, rounds: int) -> dict[str, float]:
-    """Return milliseconds of one token of the whole model behind all but the last of ``ids``."""
-    n = ids.shape[1] - 1
-    caches = _caches(model, ids[:, :-1])
-    token = int(ids[0, -1])
+def attention_times(config: Any, layers: list[Any], scale: float | None) -> dict[str, Any]:
+    """Time the attention of one token in all layers, the newest of those in ``layers`` [q, k, v].
+
+    Dense attention reads its keys in place, query heads that share a key head in one product, which
+    is the fastest in torch. Density and the greatest difference of the outputs stand beside.
+    """
+    import torch
+
+    from hsr_attention.integrations.relu_model import dense_relu_attention
+    from hsr_attention.kv_cache import KVCache
+
+    settings = (config.relu_sigma, config.relu_power, scale)
+    dense_layers, caches = [], []
+    for q, k, v in layers:
+        cache = KVCache(generation.default_policy(config))
+        cache.append(k, v)
+        newest = q[:, :, -1:].contiguous()
+        caches.append((cache, newest))
+        dense_layers.append((newest, k.contiguous(), v.contiguous()))
+
+    def dense() -> list[Any]:
+        with torch.no_grad():
+            return [dense_relu_attention(*layer, *settings) for layer in dense_layers]
+
+    def hsr() -> list[Any]:
+        return [cache.attend(q, scale) for cache, q in caches]
+
+    certificates = [cache.attend(q, scale, return_certificate=True)[1] for cache, q in caches]
+    return _alternate({"dense": dense, "hsr": hsr}, ROUNDS) | {
+        "density": statistics.fmean(float(c.density.mean()) for c in certificates),
+        "difference": max(float((a - b).abs().max()) for a, b in zip(dense(), hsr(), strict=True)),
+    }
+
+
+def decode_times(model: Any, layers: list[Any], token: int) -> dict[str, Any]:
+    """Time one token of the whole model behind the keys and values in ``layers`` [q, k, v]."""
+    caches = {
+        "dense": generation.dense_cache(model),
+        "hsr": generation.hsr_cache(model, generation.default_policy(model.config), collect=False),
+    }
+    for cache in caches.values():
+        for i, (_, k, v) in enumerate(layers):
+            cache.update(k, v, i)
+    n = caches["dense"].get_seq_length()
+    path, caches["dense"] = _fastest_dense(model, caches["dense"], token)
 
     def call(name: str) -> Callable[[], None]:
         def one() -> None:
             model.set_attn_implementation("relu" if name == "dense" else "hsr")
             generation.step(model, caches[name], token)
-            generation.crop(caches[name], n)
+            if generation.croppable(caches[name]):
+                generation.crop(caches[name], n)
 
         return one
 
-    return _alternate({name: call(name) for name in caches}, rounds)
+    return _alternate({name: call(name) for name in caches}, ROUNDS) | {"dense_path": path}
 
 
-def attention_times(model: Any, ids: Any, rounds: int) -> dict[str, Any]:
-    """Return milliseconds of the attention of one token, all layers, and the density.
-
-    The queries are those of the model at the last of ``ids``; dense attention reads its keys in
-    place, grouped as is fastest in torch. The greatest difference of the outputs stands beside.
-    """
-    import torch
-
-    from hsr_attention.evaluation.capture import capture
-    from hsr_attention.integrations.relu_model import dense_relu_attention
-    from hsr_attention.kv_cache import KVCache
-
-    config = model.config
-    heads = capture(model, ids, list(range(config.num_hidden_layers)), queries=1)
-    layers = []
-    for i in range(config.num_hidden_layers):
-        q, k, v = (heads.tensors[f"{x}{i}"][None] for x in "qkv")
-        cache = KVCache(generation.default_policy(config))
-        cache.append(k, v)
-        layers.append((q, k, v, cache))
-
-    def dense() -> list[Any]:
-        sigma, power = config.relu_sigma, config.relu_power
-        with torch.no_grad():
-            return [
-                dense_relu_attention(q, k, v, sigma, power, heads.scale) for q, k, v, _ in layers
-            ]
-
-    def hsr() -> list[Any]:
-        return [cache.attend(q, heads.scale) for q, _, _, cache in layers]
-
-    gaps = [float((a - b).abs().max()) for a, b in zip(dense(), hsr(), strict=True)]
-    found = [
-        cache.attend(q, heads.scale, return_certificate=True)[1].density
-        for q, _, _, cache in layers
-    ]
-    density = float(sum(d.mean() for d in found) / len(found))
-    return _alternate({"dense": dense, "hsr": hsr}, rounds) | {
-        "density": density,
-        "difference": max(gaps),
-    }
+def _fastest_dense(model: Any, cache: Any, token: int) -> tuple[str, Any]:
+    model.set_attn_implementation("relu")
+    return generation.fastest_dense(model, cache, token, ROUNDS + 2)
 
 
-def prefill_times(model: Any, ids: Any, rounds: int) -> dict[str, float]:
-    """Return milliseconds of a whole prompt, dense in one piece and through an ``HSRCache``."""
+def prefill_times(model: Any, ids: Any) -> dict[str, float]:
+    """Time a whole prompt, dense in one piece and through an ``HSRCache``."""
 
     def dense() -> None:
         generation.prefill(model, ids, generation.dense_cache(model), None)
@@ -220,7 +227,7 @@ def prefill_times(model: Any, ids: Any, rounds: int) -> dict[str, float]:
         policy = generation.default_policy(model.config)
         generation.prefill(model, ids, generation.hsr_cache(model, policy, collect=False), None)
 
-    return _alternate({"dense": dense, "hsr": hsr}, rounds)
+    return _alternate({"dense": dense, "hsr": hsr}, 3)
 
 
 def agreement(model: Any, prompt: Any, tokens: int) -> dict[str, Any]:
@@ -275,9 +282,9 @@ def _draw_training(axes: Any, data: dict[str, Any]) -> None:
 
 
 def _draw_growth(axes: Any, data: dict[str, Any]) -> None:
+    sizes = sorted(int(n) for n in data["models"][RELU[0]]["density"])
     for name in RELU:
         found = data["models"][name]["density"]
-        sizes = sorted(int(n) for n in found)
         for layer, rows in enumerate(_at(found, sizes[0])):
             for head in range(len(rows)):
                 share = [100 * _at(found, n)[layer][head] for n in sizes]
@@ -323,9 +330,9 @@ def _draw_heads(figure: Any, axes: Any, data: dict[str, Any]) -> None:
 
 
 def _draw_times(axes: Any, data: dict[str, Any], what: str, title: str) -> None:
+    sizes = sorted(int(n) for n in data["models"][RELU[0]][what])
     for name in RELU:
         found = data["models"][name][what]
-        sizes = sorted(int(n) for n in found)
         marker = "o" if name == RELU[0] else "s"
         for path, colour, label in (
             ("dense", DENSE_COLOUR, "dense, torch"),

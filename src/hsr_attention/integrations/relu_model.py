@@ -7,6 +7,7 @@ any model of transformers does; ``HSRCache`` decodes it by half-space reporting.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -148,21 +149,29 @@ def dense_relu_attention(
     """
     batch, heads, m, dim = query.shape
     kv_heads, n = key.shape[1:3]
-    scale = dim**-0.5 if scale is None else scale
-    grouped = (query * scale).view(batch, kv_heads, heads // kv_heads, m, dim)
+    factor = 1 / math.sqrt(dim) if scale is None else scale
+    grouped = (query * factor).view(batch, kv_heads, heads // kv_heads, m, dim)
     sigmas = torch.tensor(sigma, dtype=query.dtype).expand(heads)
     sigmas = sigmas.view(kv_heads, heads // kv_heads, 1, 1)
     out = []
     for start in range(0, m, _BLOCK):
         stop = min(start + _BLOCK, m)
         end = n - m + stop  # keys the block's last query sees
-        seen = torch.ones(stop - start, end, dtype=torch.bool).tril(n - m + start)
-        seen = seen if mask is None else mask[:, :, None, start:stop, :end]
-        count = seen.sum(-1, keepdim=True).clamp_min(1)
-        b = sigmas * (0.4 * count.to(query.dtype).log()).sqrt()
         part = grouped[:, :, :, start:stop]
-        logits = part.flatten(2, 3) @ key[:, :, :end].transpose(2, 3)
-        weights = (logits.view(*part.shape[:-1], end) - b).masked_fill(~seen, 0.0).relu()
+        seen = None if mask is None else mask[:, :, None, start:stop, :end]
+        if seen is None:
+            count = torch.arange(end - stop + start, end)[:, None] + 1
+        else:
+            count = seen.sum(-1, keepdim=True).clamp_min(1)
+        b = sigmas * (0.4 * count.to(query.dtype).log()).sqrt()
+        logits = (part.flatten(2, 3) @ key[:, :, :end].transpose(2, 3)).view(*part.shape[:-1], end)
+        weights = logits - b
+        if seen is not None:
+            weights.masked_fill_(~seen, 0.0)
+        elif stop - start > 1:  # newer keys are among the block's own
+            newer = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+            weights[..., end - stop + start :].masked_fill_(newer, 0.0)
+        weights = weights.relu_()
         if power > 1:
             weights = weights**power
         total = weights.sum(-1, keepdim=True)
