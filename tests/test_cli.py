@@ -323,6 +323,28 @@ def test_bad_models(run, prompt, tmp_path):
 
 
 @needs_torch
+def test_the_relu_demo_runs_by_its_own_policy(run, tmp_path):
+    pytest.importorskip("transformers")
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night, and nobody wrote any software. " * 20)
+    generate = ("generate", "--model", "relu-demo", "--prompt-file", text, "--threads", "1")
+    found = json.loads(ok(run(*generate, "--max-new-tokens", "20", "--compare-dense", "--json")))
+    assert found["policy"].startswith("ReLUPolicy(threshold=SqrtLog(")
+    assert found["dense"]["path"].startswith("relu, ")
+    assert found["agreement"]["tokens"] == found["agreement"]["of"]
+    assert found["agreement"]["logprob_max"] < 1e-4
+    score = ("evaluate", "perplexity", "--model", "relu-demo", "--prompt-file", text)
+    sizes = ("--prefix", "100", "--tokens", "20", "--threads", "1")
+    found = json.loads(ok(run(*score, *sizes, "--json")))
+    assert abs(found["relative_change"]) < 1e-5
+    for command in (generate, (*score, *sizes)):
+        refused(run(*command, "--policy", "epsilon=0.1"), "policy must be a ReLUPolicy")
+    assert "must be a ReLUPolicy" not in ok(
+        run(*generate, "--max-new-tokens", "2", "--policy", "attention=relu,threshold=1", "--json")
+    )
+
+
+@needs_torch
 def test_out_of_memory_is_a_failure(run, model, prompt, monkeypatch):
     from hsr_attention.evaluation import generation
 

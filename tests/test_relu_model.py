@@ -106,6 +106,18 @@ def test_dense_and_cached_attention_are_the_definition(power, m, n):
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    q, k, v = (torch.from_numpy(x).to(dtype) for x in draw(3, 200))
+    found = dense_relu_attention(q, k, v, 1.0)
+    assert found.dtype == dtype
+    exact = dense_relu_attention(q.double(), k.double(), v.double(), 1.0)
+    torch.testing.assert_close(found.double(), exact, atol=1e-2, rtol=1e-2)
+    cache = hsr.KVCache(hsr.ReLUPolicy(hsr.SqrtLog(1.0)))
+    cache.append(k, v)
+    torch.testing.assert_close(cache.attend(q), found, atol=1e-2, rtol=1e-2)
+
+
 def test_padding_does_not_count_among_the_keys_of_a_query():
     q, k, v = draw(9, 50)
     mask = np.tile(reference.causal(9, 50), (2, 1, 1))

@@ -165,7 +165,7 @@ def attention_times(config: Any, layers: list[Any], scale: float | None) -> dict
     from hsr_attention.integrations.relu_model import dense_relu_attention
     from hsr_attention.kv_cache import KVCache
 
-    settings = (config.relu_sigma, config.relu_power, scale)
+    sigma, power = config.relu_sigma, config.relu_power
     dense_layers, caches = [], []
     for q, k, v in layers:
         cache = KVCache(generation.default_policy(config))
@@ -176,7 +176,7 @@ def attention_times(config: Any, layers: list[Any], scale: float | None) -> dict
 
     def dense() -> list[Any]:
         with torch.no_grad():
-            return [dense_relu_attention(*layer, *settings) for layer in dense_layers]
+            return [dense_relu_attention(q, k, v, sigma, power, scale) for q, k, v in dense_layers]
 
     def hsr() -> list[Any]:
         return [cache.attend(q, scale) for cache, q in caches]

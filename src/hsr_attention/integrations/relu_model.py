@@ -133,7 +133,8 @@ def dense_relu_attention(
 
     out_i = sum_j w_ij v_j / sum_j w_ij, w_ij = max(scale <q_i, k_j> - b_i, 0)^power with
     b_i = sigma sqrt(0.4 ln n_i) and n_i the number of keys query i may see; a row without a weight is
-    zero (paper, Definition 1.2).
+    zero (paper, Definition 1.2). bfloat16 and float16 are computed in float32: a logit that is rounded
+    to 8 bits falls on either side of b.
 
     Parameters
     ----------
@@ -147,6 +148,11 @@ def dense_relu_attention(
     gradient_floor : float
         The gradient of a row whose weights sum to t is multiplied by min(t / gradient_floor, 1).
     """
+    if query.dtype in (torch.bfloat16, torch.float16):
+        wide = (x.float() for x in (query, key, value))
+        return dense_relu_attention(*wide, sigma, power, scale, mask, gradient_floor).to(
+            query.dtype
+        )
     batch, heads, m, dim = query.shape
     kv_heads, n = key.shape[1:3]
     factor = 1 / math.sqrt(dim) if scale is None else scale
