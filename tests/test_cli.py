@@ -14,7 +14,7 @@ from hsr_attention.cli import main
 from hsr_attention.cli.options import policy
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import ReLUPolicy, SoftmaxPolicy
-from hsr_attention.thresholds import Gaussian
+from hsr_attention.thresholds import Gaussian, SqrtLog
 
 needs_torch = pytest.mark.transformers
 
@@ -189,6 +189,7 @@ def test_bad_settings_of_the_environment(name, value, expected):
         (["exact=true certify=false"], SoftmaxPolicy(exact=True, certify=False)),
         (["threshold=-1.5"], SoftmaxPolicy(threshold=-1.5)),
         (["threshold=gaussian"], SoftmaxPolicy(threshold=Gaussian())),
+        (["attention=relu,threshold=sqrt_log"], ReLUPolicy(threshold=SqrtLog())),
         (["attention=relu,threshold=0.5,power=2"], ReLUPolicy(threshold=0.5, power=2)),
     ],
 )
@@ -350,7 +351,7 @@ def test_bad_models(run, prompt, tmp_path):
 
     refused(generate(tmp_path / "nothing"), "does not exist")
     refused(generate(tmp_path / "nothing.gguf"), "does not exist")
-    refused(generate(prompt), "is neither")
+    refused(generate(prompt), "is none of them")
     refused(generate(no_config), "has no config.json")
     refused(generate(bad_config), "is broken")
     refused(generate(no_weights), "is broken", "weights")
@@ -364,6 +365,28 @@ def test_bad_models(run, prompt, tmp_path):
     refused(generate(soft), "soft-capped")
     refused(generate(broken), "does not start with 'GGUF'")
     refused(generate(short), "is broken")
+
+
+@needs_torch
+def test_the_relu_demo_runs_by_its_own_policy(run, tmp_path):
+    pytest.importorskip("transformers")
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night, and nobody wrote any software. " * 20)
+    generate = ("generate", "--model", "relu-demo", "--prompt-file", text, "--threads", "1")
+    found = json.loads(ok(run(*generate, "--max-new-tokens", "20", "--compare-dense", "--json")))
+    assert found["policy"].startswith("ReLUPolicy(threshold=SqrtLog(")
+    assert found["dense"]["path"].startswith("relu, ")
+    assert found["agreement"]["tokens"] == found["agreement"]["of"]
+    assert found["agreement"]["logprob_max"] < 1e-4
+    score = ("evaluate", "perplexity", "--model", "relu-demo", "--prompt-file", text)
+    sizes = ("--prefix", "100", "--tokens", "20", "--threads", "1")
+    found = json.loads(ok(run(*score, *sizes, "--json")))
+    assert abs(found["relative_change"]) < 1e-5
+    for command in (generate, (*score, *sizes)):
+        refused(run(*command, "--policy", "epsilon=0.1"), "policy must be a ReLUPolicy")
+    assert "must be a ReLUPolicy" not in ok(
+        run(*generate, "--max-new-tokens", "2", "--policy", "attention=relu,threshold=1", "--json")
+    )
 
 
 @needs_torch

@@ -14,7 +14,7 @@ def test_gaussian_keeps_at_most_about_n_to_the_exponent(exponent):
     keys = 1.7 * rng.standard_normal((n, d))
     queries = 3.0 * rng.standard_normal((1, 1, 8, d))
     rule = hsr.Gaussian(exponent)
-    b = rule(queries.astype(np.float32), np.full((1, 1), 1.7), n, 1 / 8)
+    b = rule(queries.astype(np.float32), np.full((1, 1), 1.7), np.full((1, 1, 8), n), 1 / 8)
     assert b.shape == (1, 1, 8)
     kept = (queries[0, 0] @ keys.T / 8 >= b[0, 0, :, None]).sum(axis=1)
     assert (kept <= 1.2 * n**exponent).all() and (kept >= n**exponent / 20).all()
@@ -51,7 +51,8 @@ def test_a_rule_is_any_such_function():
     class Constant:
         def __call__(self, queries, key_rms, n, scale):
             assert queries.shape == (2, 4, 3, 8) and queries.dtype == np.float32
-            assert key_rms.shape == (2, 4) and n == 40 and scale == 0.25
+            assert key_rms.shape == (2, 4) and scale == 0.25
+            np.testing.assert_array_equal(n, np.full((1, 1, 3), 40))
             return np.full(queries.shape[:3], 0.75)
 
     assert isinstance(Constant(), thresholds.ThresholdRule)
@@ -63,3 +64,44 @@ def test_a_rule_is_any_such_function():
             attention(q, k, v, threshold=Constant(), scale=0.25, **more),
             attention(q, k, v, threshold=0.75, scale=0.25, **more),
         )
+
+
+def test_sqrt_log_grows_with_the_number_of_keys_a_query_sees():
+    q = np.zeros((2, 3, 4, 8), np.float32)
+    n = np.array([1, 10, 100, 1000])[None, None]
+    b = hsr.SqrtLog((1.0, 2.0, -0.5))(q, np.ones((2, 3)), n, 1.0)
+    assert b.shape == (2, 3, 4)
+    np.testing.assert_allclose(b[1, 1], 2 * np.sqrt(0.4 * np.log(n[0, 0])))
+    np.testing.assert_allclose(b[:, 2], -0.25 * b[:, 1])
+    assert (hsr.SqrtLog()(q, np.ones((2, 3)), n, 1.0)[:, 0] == b[:, 0]).all()
+
+
+@pytest.mark.parametrize("sigma", [float("nan"), (1.0, float("inf")), ((1.0,), (2.0,))])
+def test_bad_sigmas(sigma):
+    with pytest.raises(ValueError, match="sigma must be a finite number or one for each head"):
+        hsr.SqrtLog(sigma)
+
+
+def test_sigma_must_fit_the_heads():
+    with pytest.raises(ValueError, match="sigma must have one entry for each of 3 heads, got 2"):
+        hsr.SqrtLog((1.0, 2.0))(np.zeros((1, 3, 1, 8), np.float32), np.ones((1, 3)), 5, 1.0)
+
+
+def test_a_rule_is_told_how_many_keys_each_query_sees():
+    seen = []
+
+    class Note:
+        def __call__(self, queries, key_rms, n, scale):
+            seen.append(n.tolist())
+            return np.zeros(queries.shape[:3])
+
+    q, k, v = np.ones((3, 2, 1, 4, 8), np.float32)
+    mask = np.ones((2, 1, 4), bool)
+    mask[1, 0, :2] = False
+    hsr.relu_attention(q, k, v, threshold=Note(), is_causal=True)
+    hsr.relu_attention(q, k, v, threshold=Note(), is_causal=True, mask=mask)
+    hsr.relu_attention(q, k, v, threshold=Note(), mask=mask[1:])
+    cache = hsr.KVCache(hsr.ReLUPolicy(Note()))
+    cache.append(k, v)
+    cache.attend(q[:, :, :2])
+    assert seen == [[[[1, 2, 3, 4]]], [[[1, 2, 3, 4]], [[0, 0, 1, 2]]], [[[2] * 4]], [[[3, 4]]]]

@@ -14,7 +14,7 @@ from hsr_attention.kv_cache import KVCache
 from hsr_attention.machine import info, set_num_threads
 from hsr_attention.policies import ReLUPolicy, SoftmaxPolicy
 from hsr_attention.report import Report, Work
-from hsr_attention.thresholds import Gaussian
+from hsr_attention.thresholds import Gaussian, SqrtLog
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ __all__ = [
     "ShallowCuttingIndex",
     "SketchIndex",
     "SoftmaxPolicy",
+    "SqrtLog",
     "Work",
     "enable",
     "halfspace_index",

@@ -244,7 +244,7 @@ class KVCache:
         certify: bool,
         tokens: int | None = None,
     ) -> tuple[Any, Certificate | None]:
-        layer, policy = self._layer, self.policy
+        layer = self._layer
         n = len(self) if tokens is None else tokens
         batch, heads, m, dim = queries.shape
         if batch != layer.batch:
@@ -256,6 +256,7 @@ class KVCache:
                 f"q must have a multiple of kv_heads = {layer.kv_heads} heads, got {heads}"
             )
         scale = arguments.scale(scale, dim)
+        seen = None if mask is None else self._key_mask(mask, batch, m, n)
         found = layer.attend(
             queries.bits,
             int(queries.dtype),
@@ -263,8 +264,8 @@ class KVCache:
             scale=scale,
             certify=certify and self._settings["certify"],
             with_certificate=certify,
-            thresholds=None if policy.threshold is None else self._thresholds(queries, scale, n),
-            mask=None if mask is None else self._key_mask(mask, batch, m, n),
+            thresholds=self._thresholds(queries, scale, visible, seen, n),
+            mask=seen,
             **self._settings["rule"],
         )
         out = arguments.like(q, found[0])
@@ -280,15 +281,38 @@ class KVCache:
         return np.pad(found, ((0, 0), (0, 0), (0, behind))) if behind > 0 else found
 
     def _thresholds(
-        self, queries: arguments.FloatArray, scale: float, n: int
-    ) -> NDArray[np.float64]:
+        self,
+        queries: arguments.FloatArray,
+        scale: float,
+        visible: NDArray[np.int64] | None,
+        mask: NDArray[np.uint8] | None,
+        n: int,
+    ) -> NDArray[np.float64] | None:
         rule = self.policy.threshold
+        if rule is None:
+            return None
         shape = queries.shape[:3]
         if callable(rule):
             key_rms = self._layer.key_rms()
             group = shape[1] // self._layer.kv_heads
-            rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), n, scale)
+            n_seen = _keys_seen(n, shape[2], visible, mask)
+            rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), n_seen, scale)
         return arguments.attention_thresholds(rule, shape)
+
+
+def _keys_seen(
+    n: int, m: int, visible: NDArray[np.int64] | None, mask: NDArray[np.uint8] | None
+) -> NDArray[np.int64]:
+    """Return how many of n keys each of m queries may see, [batch or 1, 1, m]."""
+    if visible is None:
+        visible = np.arange(n - m + 1, n + 1)
+    if mask is None:
+        return visible[None, None, :]
+    if mask.shape[1] == 1:  # the same for all queries: padding
+        until = np.concatenate([np.zeros((len(mask), 1), np.int64), mask[:, 0].cumsum(1)], axis=1)
+        return until[:, visible][:, None, :]
+    seen = [np.count_nonzero(mask[:, i, :end], axis=1) for i, end in enumerate(visible)]
+    return np.stack(seen, axis=1)[:, None, :]
 
 
 STORAGES = ("memory", "disk")

@@ -7,6 +7,7 @@ how to add one. A plain number, or one for each head or query, needs no rule.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -22,7 +23,7 @@ class ThresholdRule(Protocol):
         self,
         queries: NDArray[np.float32],
         key_rms: NDArray[np.float64],
-        n: int,
+        n: NDArray[np.int64],
         scale: float,
     ) -> NDArray[np.float64]:
         """Return thresholds [batch, heads, m].
@@ -32,8 +33,8 @@ class ThresholdRule(Protocol):
         queries : float32 [batch, heads, m, head_dim]
         key_rms : float64 [batch, heads]
             Root mean square of the coordinates of the keys each head attends to: sigma_k.
-        n : int
-            Number of keys.
+        n : int64 [batch or 1, 1, m]
+            Number of keys that each query may see: under a causal mask its position, without padding.
         scale : float
             logit = scale * score.
         """
@@ -60,13 +61,48 @@ class Gaussian:
         self,
         queries: NDArray[np.float32],
         key_rms: NDArray[np.float64],
-        n: int,
+        n: NDArray[np.int64],
         scale: float,
     ) -> NDArray[np.float64]:
         """Return thresholds [batch, heads, m]; see ``ThresholdRule``."""
         norms = np.linalg.norm(queries.astype(np.float64), axis=-1)
-        factor = math.sqrt(2.0 * (1.0 - self.exponent) * math.log(max(n, 2)))
+        factor = np.sqrt(2.0 * (1.0 - self.exponent) * np.log(np.maximum(n, 2)))
         return scale * norms * key_rms[:, :, None] * factor
+
+
+@dataclass(frozen=True)
+class SqrtLog:
+    """b = sigma sqrt(0.4 ln n): Lemma 6.1 with its sigma_a given, one for all heads or for each.
+
+    If the logits of a head are N(0, sigma^2), at most n^(4/5) of n keys are expected to reach b,
+    so that the density falls like n^(-1/5). A model that is trained with this rule keeps to it at
+    every length, whatever its queries and keys are: b depends on the number of keys alone.
+    """
+
+    sigma: float | Sequence[float] = 1.0
+
+    def __post_init__(self) -> None:
+        sigma = np.asarray(self.sigma, np.float64)
+        if sigma.ndim > 1 or not np.isfinite(sigma).all():
+            raise ValueError(
+                f"sigma must be a finite number or one for each head, got {self.sigma!r}"
+            )
+
+    def __call__(
+        self,
+        queries: NDArray[np.float32],
+        key_rms: NDArray[np.float64],
+        n: NDArray[np.int64],
+        scale: float,
+    ) -> NDArray[np.float64]:
+        """Return thresholds [batch, heads, m]; see ``ThresholdRule``."""
+        sigma = np.asarray(self.sigma, np.float64).reshape(-1, 1)
+        if len(sigma) not in (1, queries.shape[1]):
+            raise ValueError(
+                f"sigma must have one entry for each of {queries.shape[1]} heads, got {len(sigma)}"
+            )
+        b = sigma * np.sqrt(0.4 * np.log(np.maximum(n, 1)))
+        return np.broadcast_to(b, queries.shape[:3])
 
 
 def lemma_threshold(

@@ -41,15 +41,17 @@ def perplexity(
     Example: hsr evaluate perplexity --model smollm2 --essays
     """
     from hsr_attention.evaluation.decode_statistics import summary
+    from hsr_attention.evaluation.generation import default_policy
     from hsr_attention.evaluation.perplexity import perplexity as measure
 
-    wanted = options.policy(policy)
+    wanted = options.policy(policy) if policy else None
     n = prefix + tokens
     loaded, ids = options.load_with_text(
         model, dtype, prompt_file, n if essays else None, n, 0, max_context, threads
     )
     if ids.shape[1] < n:
         raise InputError(f"the text has {ids.shape[1]} tokens, --prefix and --tokens need {n}")
+    wanted = wanted or default_policy(loaded.model.config)
     results: dict[str, Any] = {}
     with console.progress() as bar:
         for name, chosen in (("hsr", wanted), ("dense", None)):

@@ -11,7 +11,7 @@ import typer
 
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
-from hsr_attention.thresholds import Gaussian
+from hsr_attention.thresholds import Gaussian, SqrtLog
 
 
 class Dtype(enum.StrEnum):
@@ -37,7 +37,11 @@ class Storage(enum.StrEnum):
 
 Model = Annotated[
     str,
-    typer.Option("--model", help="A transformers directory, a .gguf file, or the word smollm2."),
+    typer.Option(
+        "--model",
+        help="A transformers directory, a .gguf file, or a word: smollm2, or the small models that "
+        "come with hsr-attention, relu-demo, relu2-demo and softmax-demo.",
+    ),
 ]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompt-file", help="A text file (UTF-8).", show_default=False)
@@ -52,10 +56,11 @@ PolicyWords = Annotated[
     list[str] | None,
     typer.Option(
         "--policy",
-        help="Which keys matter: epsilon=0.05 | top_r=64 | threshold=1.5 | threshold=gaussian, "
+        help="Which keys matter: epsilon=0.05 | top_r=64 | threshold=1.5 | threshold=gaussian | "
+        "threshold=sqrt_log, "
         "and tail=sketch|drop, exact=true, exact_share=, tail_epsilon=, certify=; or "
         "attention=relu with threshold= and power=. Words stand between commas.",
-        show_default="the library's default policy",
+        show_default="what the model was trained with: epsilon=0.03, or its own ReLU attention",
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Element type of the model.")]
@@ -144,7 +149,8 @@ def _value(name: str, text: str) -> Any:
         if name in _FLAGS:
             return {"true": True, "false": False}[text.lower()]
         if name == "threshold":
-            return Gaussian() if text == "gaussian" else float(text)
+            rules = {"gaussian": Gaussian, "sqrt_log": SqrtLog}
+            return rules[text]() if text in rules else float(text)
     except (ValueError, KeyError):
         rule = "true or false" if name in _FLAGS else "a number"
         if name in ("top_r", "power"):

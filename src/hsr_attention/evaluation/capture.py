@@ -45,6 +45,10 @@ def capture(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
+    from hsr_attention.integrations.relu_model import ReLULMConfig, relu_attention_forward
+
+    relu = isinstance(model.config, ReLULMConfig)
+    attend: Any = relu_attention_forward if relu else sdpa_attention_forward
     heads = Heads()
 
     def keep(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **rest: Any):
@@ -54,7 +58,7 @@ def capture(
             heads.scale = scaling
             for name, tensor in (("q", q[0, :, -queries:]), ("k", k[0]), ("v", v[0])):
                 heads.tensors[f"{name}{layer}"] = tensor.clone().contiguous()
-        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **rest)
+        return attend(module, q, k, v, mask, scaling=scaling, **rest)
 
     AttentionInterface.register(_IMPLEMENTATION, keep)
     AttentionMaskInterface.register(_IMPLEMENTATION, sdpa_mask)

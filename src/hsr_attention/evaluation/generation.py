@@ -44,6 +44,13 @@ class Decoded:
         return len(self.seconds) / sum(self.seconds) if self.seconds else None
 
 
+def default_policy(config: Any) -> Policy:
+    """Return what a model attends by if no policy is asked for."""
+    from hsr_attention.integrations.cache import default_policy
+
+    return default_policy(config)
+
+
 @dataclass(frozen=True)
 class Storage:
     """Where an ``HSRCache`` keeps full-precision keys and values."""
@@ -72,7 +79,9 @@ def dense_cache(model: Any) -> Any:
     """Switch ``model`` to torch's dense attention and return an empty cache for it."""
     from transformers import DynamicCache
 
-    model.set_attn_implementation("sdpa")
+    from hsr_attention.integrations.relu_model import NAME, ReLULMConfig
+
+    model.set_attn_implementation(NAME if isinstance(model.config, ReLULMConfig) else "sdpa")
     return DynamicCache(config=model.config)
 
 
@@ -204,12 +213,13 @@ def fastest_dense(model: Any, cache: Any, token: int, room: int) -> tuple[str, A
     ``cache`` comes back as it was. The static cache that was timed is dropped: one token must not
     stand in it twice, so a fresh copy is returned.
     """
+    attention = model.config._attn_implementation
     if not croppable(cache):
-        return "sdpa, DynamicCache", cache
+        return f"{attention}, DynamicCache", cache
     n = cache.get_seq_length()
     static = static_copy(model, cache, max(room, 4))
     if static is None:
-        return "sdpa, DynamicCache", cache
+        return f"{attention}, DynamicCache", cache
     seconds: dict[str, list[float]] = {"dynamic": [], "static": []}
     for _ in range(4):
         for name, one in (("dynamic", cache), ("static", static)):
@@ -219,8 +229,8 @@ def fastest_dense(model: Any, cache: Any, token: int, room: int) -> tuple[str, A
         crop(cache, n)
     del static
     if statistics.median(seconds["static"][1:]) < statistics.median(seconds["dynamic"][1:]):
-        return "sdpa, StaticCache", static_copy(model, cache, room)
-    return "sdpa, DynamicCache", cache
+        return f"{attention}, StaticCache", static_copy(model, cache, room)
+    return f"{attention}, DynamicCache", cache
 
 
 @dataclass(frozen=True)

