@@ -46,7 +46,7 @@ def run(
     options.set_threads(threads)
     config = models.load_config(source)
     count = capture.layer_count(config)
-    chosen = _layers(layers, count)
+    chosen = chosen_layers(layers, count)
     tokenizer = models.load_tokenizer(source)
     wanted = tokens if essays is None else min(essays, tokens or essays)
     ids = texts.token_ids(tokenizer, text, wanted)
@@ -88,7 +88,8 @@ def run(
         )
 
 
-def _layers(text: str, count: int) -> list[int]:
+def chosen_layers(text: str, count: int) -> list[int]:
+    """Read ``--layers``."""
     if text.strip() == "all":
         return list(range(count))
     try:
