@@ -82,19 +82,22 @@ def panel(
 
 
 def legend(axes: Any, **options: Any) -> None:
-    """Add a legend in the style of the page."""
+    """Add a legend in the style of the page; ``below=True`` puts it under the axes."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        axes.legend(**options)
+        if options.pop("below", False):
+            axes.figure.legend(loc="outside lower center", **options)
+        else:
+            axes.legend(**options)
 
 
-def powers_of_two(axes: Any, values: Sequence[int]) -> None:
-    """Label a logarithmic x axis with powers of two."""
+def powers_of_two(axes: Any, values: Sequence[float]) -> None:
+    """Label a logarithmic x axis with the powers of two among, or between, the values."""
     axes.set_xscale("log", base=2)
-    ticks = [v for v in sorted(set(values)) if v & (v - 1) == 0]
-    step = max(1, len(ticks) // 8)
-    ticks = ticks[::step]
+    low, high = min(values), max(values)
+    ticks = [2**i for i in range(31) if low <= 2**i <= high]
+    ticks = ticks[:: max(1, len(ticks) // 8)] or [round(low)]
     axes.set_xticks(ticks, [thousands(v) for v in ticks])
     axes.minorticks_off()
 

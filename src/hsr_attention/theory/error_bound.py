@@ -37,24 +37,28 @@ def after_the_fact(logits: ArrayLike, r: int) -> Array:
 
     What a report proves about itself: every key outside it has a smaller logit than all inside.
     """
-    top = _sorted(logits, r)
-    n = np.asarray(logits).shape[1]
-    kept = np.exp(top - top[:, -1:]).sum(axis=1)  # Z / exp(smallest kept)
+    s = _checked(logits, r)
+    n = s.shape[1]
+    top = np.partition(s, n - r, axis=1)[:, n - r :]
+    least = top.min(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        kept = np.exp(top - least).sum(axis=1)  # Z / exp(smallest kept)
     return TRIVIAL * (n - r) / (kept + (n - r))
 
 
 def omitted_mass(logits: ArrayLike, r: int) -> Array:
     """Return the true share of the softmax mass outside the r largest logits, of logits [m, n]."""
-    s = np.asarray(logits, np.float64)
-    weights = np.exp(s - s.max(axis=1, keepdims=True))
+    s = _checked(logits, r)
     n = s.shape[1]
-    return np.partition(weights, n - r, axis=1)[:, : n - r].sum(axis=1) / weights.sum(axis=1)
+    parts = np.partition(s, n - r, axis=1)
+    weights = np.exp(parts - parts[:, n - r :].max(axis=1, keepdims=True))
+    return weights[:, : n - r].sum(axis=1) / weights.sum(axis=1)
 
 
-def _sorted(logits: ArrayLike, r: int) -> Array:
+def _checked(logits: ArrayLike, r: int) -> Array:
     s = np.asarray(logits, np.float64)
     if s.ndim != 2:
         raise ValueError(f"logits must have shape [m, n], got {s.shape}")
     if not 1 <= r <= s.shape[1]:
         raise ValueError(f"r must lie in [1, n] = [1, {s.shape[1]}], got {r}")
-    return -np.sort(np.partition(-s, r - 1, axis=1)[:, :r], axis=1)
+    return s

@@ -53,7 +53,9 @@ def expected_count(
     bounds by n^(4/5). Arrays broadcast.
     """
     deviation = scale * np.asarray(query_norm, np.float64) * key_std
-    ratio = np.asarray(threshold, np.float64) / np.where(deviation > 0, deviation, np.inf)
+    if np.any(deviation <= 0):
+        raise ValueError("query_norm, key_std and scale must be > 0: else a logit has no spread")
+    ratio = np.asarray(threshold, np.float64) / deviation
     return n * 0.5 * np.vectorize(math.erfc)(ratio / math.sqrt(2.0))
 
 
