@@ -225,9 +225,26 @@ def test_too_little_room_is_refused(capsys, given, monkeypatch, what, expected):
 
 
 def test_a_directory_of_another_run_is_refused(hsr, capsys, given, tmp_path):
-    hsr("activations", out=tmp_path / "out")
-    err = refused(capsys, "activations", *given, "--lengths", "400", "--scored", "16", "--quick")
+    hsr("atlas", out=tmp_path / "out")
+    same = [*given, "--scored", "16"]
+    err = refused(capsys, "atlas", *same, "--lengths", "400", "--quick")
     assert "holds a run with lengths [300, 480], not [400]" in err
+    assert "holds a run with quick True, not False" in refused(capsys, "activations", *same)
+    (tmp_path / "out" / "run.json").write_text("{")
+    assert "cannot be read" in refused(capsys, "activations", *same, "--quick")
+
+
+def test_experiments_without_a_model_join_any_run(hsr, capsys, tmp_path):
+    out = tmp_path / "out"
+    alone = ["experiments", "run", "activations", "--quick", "--out", str(out)]
+    assert main(alone) == 0
+    assert hsr("atlas", out=out)[0] == 0
+    assert main([*alone, "--fresh"]) == 0
+    capsys.readouterr()
+    found = json.loads((out / "run.json").read_text())["settings"]
+    assert found["lengths"] == [300, 480]
+    _, text, _ = hsr("atlas", "activations", "--json", out=out)
+    assert [o["status"] for o in json.loads(text)["experiments"]] == ["kept", "kept"]
 
 
 # ---- parts of the slow ones

@@ -300,8 +300,10 @@ def findings(data: dict[str, Any]) -> list[str]:
     """Say the prices."""
     last = data["growth"][-1]
     real = data["break_even_points"][0]
-    start = (
-        "not up to here" if real["from_n"] is None else f"from about {real['from_n']:,.0f} keys on"
+    where = (
+        "does not yet beat the fastest dense path"
+        if real["from_n"] is None
+        else f"is faster than the fastest dense path from about {real['from_n']:,.0f} keys on"
     )
     stage = data["stages"][-1]
     total = sum(stage["split_ms"].values()) or 1.0
@@ -313,8 +315,7 @@ def findings(data: dict[str, Any]) -> list[str]:
         f"{last['append_us']:.0f} µs to append, which does not grow with n "
         f"(n^{data['fits']['append_us']['exponent']:.2f}). The codes take "
         f"{last['code_bytes'] / last['needed_row_bytes']:.1%} of what float32 keys and values do.",
-        f"Attention over real heads is faster than the fastest dense path {start}; at "
-        f"{real['largest_n']:,} keys it is "
+        f"Attention over the real heads {where}; at {real['largest_n']:,} keys it is "
         f"{real['speedup']:.1f} times as fast.",
         f"A step at {stage['n']:,} keys: {split}.",
         f"Certificates broken: {counted['violations']} of {counted['rows']:,} rows.",

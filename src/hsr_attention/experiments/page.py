@@ -48,6 +48,7 @@ th:first-child, td:first-child { text-align: left; }
 .bad { color: var(--bad); } .good { color: var(--good); }
 .failure { border: 1px solid var(--bad); border-radius: .5rem; padding: .8rem 1rem; max-width: 60rem; }
 pre { overflow-x: auto; font: 12.5px/1.45 ui-monospace, Menlo, Consolas, monospace; }
+sup { line-height: 0; }
 code { font: .88em ui-monospace, Menlo, Consolas, monospace; }
 footer { color: var(--soft); padding: 2rem 1.25rem 3rem; font-size: 15px; }
 @media print { nav { display: none; } section { break-inside: avoid-page; } }
@@ -178,7 +179,8 @@ def _inline(text: str) -> str:
     safe = html.escape(text)
     safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
     safe = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", safe)
-    return re.sub(r"\^\(([^()]+)\)|\^([0-9.]+[0-9])", lambda m: f"<sup>{m[1] or m[2]}</sup>", safe)
+    power = r"\^\(((?:[^()]|\([^()]*\))+)\)|\^(-?[0-9.]*[0-9]|[γα])"  # ^(4/5), ^0.8, ^γ
+    return re.sub(power, lambda m: f"<sup>{m[1] or m[2]}</sup>", safe)
 
 
 def _table(table: dict[str, Any]) -> str:

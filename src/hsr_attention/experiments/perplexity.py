@@ -199,7 +199,8 @@ def plot(data: dict[str, Any]) -> dict[str, Any]:
     made = {}
     for p in data["panels"]:
         name = f"{p['model'].rsplit('/', 1)[-1]}-{p['length']}"
-        made[f"figure-3-{name}"] = _perplexities(p)
+        made[f"figure-3-{name}"] = _perplexities(p, close=False)
+        made[f"figure-3-{name}-close"] = _perplexities(p, close=True)
         made[f"mass-{name}"] = _knee(p)
     return made
 
@@ -214,8 +215,12 @@ def _points(p: dict[str, Any], curve: str) -> list[dict[str, Any]]:
     return sorted((x for x in p["points"] if x["curve"] == curve), key=lambda x: x["value"])
 
 
-def _perplexities(p: dict[str, Any]) -> Any:
-    made, axes = figures.panel(f"Perplexity: {_title(p)}", "r keys", "perplexity")
+def _perplexities(p: dict[str, Any], close: bool) -> Any:
+    """Draw perplexity against r; ``close`` shows what lies within a few per cent of dense."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    title = f"{'The same, close to dense' if close else 'Perplexity'}: {_title(p)}"
+    made, axes = figures.panel(title, "r keys", "perplexity", log="" if close else "y")
     dense = p["points"][0]["perplexity"]
     axes.axhline(
         dense, color=figures.GREY, linestyle="--", linewidth=1.3, label=f"dense: {dense:.3f}"
@@ -235,7 +240,13 @@ def _perplexities(p: dict[str, Any]) -> Any:
         linestyle="none",
     )
     figures.powers_of_two(axes, [2**i for i in range(2, 16) if 2**i <= p["prefix"]])
-    figures.legend(axes)
+    if close:
+        axes.set_ylim(0.975 * dense, 1.1 * dense)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.minorticks_off()
+    figures.legend(axes, below=True, ncols=2, fontsize=7.5)
     return made
 
 
@@ -244,17 +255,18 @@ def _knee(p: dict[str, Any]) -> Any:
         f"Why the knee: {_title(p)}",
         "softmax mass outside the top r, per cent",
         "perplexity over dense, per cent",
-        log="xy",
+        log="x",
     )
+    axes.set_yscale("symlog", linthresh=1)
     dense = p["points"][0]["perplexity"]
     outside = dict(zip(p["mass"]["r"], (1 - m for m in p["mass"]["mass"]), strict=True))
     for curve, label, colour in CURVES[:2]:
         points = [q for q in _points(p, curve) if q["value"] in outside]
         x = [max(100 * outside[q["value"]], 1e-3) for q in points]
-        y = [max(100 * (q["perplexity"] / dense - 1), 1e-3) for q in points]
+        y = [100 * (q["perplexity"] / dense - 1) for q in points]
         axes.plot(x, y, "o-", color=colour, label=label)
         for q, a, b in list(zip(points, x, y, strict=True))[:: 2 if len(points) > 6 else 1]:
-            if curve == "drop" and b > 1e-3:
+            if curve == "drop":
                 axes.annotate(
                     f"r = {figures.thousands(int(q['value']))}",
                     (a, b),
@@ -263,6 +275,13 @@ def _knee(p: dict[str, Any]) -> Any:
                     textcoords="offset points",
                     color=figures.INK,
                 )
+    low, high = (f(100 * x for x in outside.values()) for f in (min, max))
+    ticks = [x for x in (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= x <= high]
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.xaxis.minorticks_off()
+    axes.set_yticks([-1, 0, 1, 10, 100], ["−1", "0", "1", "10", "100"])
+    axes.yaxis.minorticks_off()
+    axes.axhline(0, color=figures.GREY, linestyle="--", linewidth=1)
     figures.legend(axes)
     return made
 

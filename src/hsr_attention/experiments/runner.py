@@ -61,8 +61,9 @@ def chosen(names: Sequence[str]) -> list[Experiment]:
 
 def check(experiments: Sequence[Experiment], settings: Settings, text: str, root: Path) -> None:
     """Refuse, before anything is measured, what could not be finished."""
-    _directory(root, settings)
-    if not any(x.USES_MODEL for x in experiments):
+    uses_model = any(x.USES_MODEL for x in experiments)
+    _directory(root, settings, uses_model)
+    if not uses_model:
         return
     lengths, scored = settings.lengths, settings.scored
     if not lengths or min(lengths) < scored + 128 or scored < 2:
@@ -102,23 +103,37 @@ def check(experiments: Sequence[Experiment], settings: Settings, text: str, root
         )
 
 
-def _directory(root: Path, settings: Settings) -> None:
+def _directory(root: Path, settings: Settings, uses_model: bool) -> None:
     if root.exists() and not root.is_dir():
         raise InputError(f"--out: {root} is not a directory")
     if not root.exists() and not root.parent.is_dir():
         raise InputError(f"--out: directory {root.parent} does not exist")
     try:
         root.mkdir(exist_ok=True)
-        found = json.loads((root / SETTINGS).read_text())["settings"]
-    except FileNotFoundError:
+    except OSError as error:
+        raise InputError(f"--out: {root} cannot be written: {error}") from None
+    found = _earlier(root)
+    if found is None:
         return
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"--out: {root} cannot be used: {error}") from None
+    # Without a model only these matter; with one, all, unless no model was used so far.
+    some = not uses_model or not found["digest"]
     wanted = json.loads(json.dumps(asdict(settings)))
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    names = ("quick", "seed") if some else tuple(wanted)
+    differing = [name for name in names if found.get(name) != wanted[name]]
     if differing:
         what = ", ".join(f"{x} {found.get(x)!r}, not {wanted[x]!r}" for x in differing)
         raise InputError(f"--out: {root} holds a run with {what}: use another directory")
+
+
+def _earlier(root: Path) -> dict[str, Any] | None:
+    """Return the settings of an earlier run in a directory."""
+    try:
+        found = json.loads((root / SETTINGS).read_text())["settings"]
+        return dict(found) if "digest" in found else None
+    except FileNotFoundError:
+        return None
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"--out: {root / SETTINGS} cannot be read: {error}") from None
 
 
 def _cache_bytes(config: Any, n: int) -> int:
@@ -155,6 +170,9 @@ def run(
     experiment, those that were not asked for included.
     """
     root.mkdir(exist_ok=True)
+    earlier = _earlier(root)
+    if earlier is not None and not any(x.USES_MODEL for x in experiments):
+        settings = Settings(**earlier)  # of the model that other experiments here used
     write_json(root / SETTINGS, {"settings": asdict(settings), "machine": machine()})
     bench = Workbench(root, settings, text)
     kept = set()

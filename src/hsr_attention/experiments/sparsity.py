@@ -26,9 +26,9 @@ all. The *calibrated* threshold uses the query's own norm, b = |q| σₖ √(0.4
 else changes in the proof.
 
 Both are counted here on Gaussian keys, by an exact index; then the calibrated one on the heads of
-a real model, where nothing is Gaussian and the surprise is the spread: the same rule keeps nearly
-nothing in one head, nearly everything in the next. *Centred* means that the mean key is taken off
-first, which softmax does not notice.
+a real model, where nothing is Gaussian and the surprise is the spread: the same rule keeps
+nothing at all in one head and a large part of the keys in the next. *Centred* means that the mean
+key is taken off first, which softmax does not notice.
 """
 DELTA = 0.01
 QUERIES = 64
@@ -235,10 +235,13 @@ def findings(data: dict[str, Any]) -> list[str]:
         f"(predicted {last['calibrated_expected']:,.0f}; "
         f"n^(4/5) = {last['n'] ** 0.8:,.0f}), growing like n^{slope:.2f}. Rows above 2 n^(4/5): "
         f"{above} of {total:,}.",
-        f"In {data['model']} at {n:,} keys the rule as it stands keeps between {raw.min():.1%} and "
-        f"{raw.max():.1%} of the keys, and {empty:.0%} of the rows are empty: real keys have a common "
+        f"In {data['model']} at {n:,} keys the rule as it stands keeps between {raw.min():.1%} "
+        "and "
+        f"{raw.max():.1%} of the keys, and {empty:.0%} of the rows are empty: real keys have a "
+        "common "
         "part that moves all logits of a query up or down together.",
         f"Centred, it keeps {np.median(kept):.1%} in the median head, from {kept.min():.2%} to "
-        f"{kept.max():.1%}; {over:.0%} of the heads are above 2 n^(4/5) = {2 * n**0.8:,.0f}. A count says "
+        f"{kept.max():.1%}; {over:.0%} of the heads are above 2 n^(4/5) = {2 * n**0.8:,.0f}. A "
+        "count says "
         "little about the mass: that is what the next sections ask for.",
     ]
