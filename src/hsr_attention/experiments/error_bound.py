@@ -147,11 +147,11 @@ CEILING = 1e3
 def plot(data: dict[str, Any]) -> dict[str, Any]:
     """Draw bounds and error against r, where the theorem is vacuous, and maps of beta."""
     made, axes = figures.panel(
-        "Error of the output, as a share of |V|∞ (median head)",
+        "Error of the output over |V|∞, median head",
         "r keys kept",
         "error or bound",
         log="xy",
-        height=4.6,
+        height=4.4,
     )
     for name, label, colour, style in SERIES:
         middle = [np.median(_at(data, r, name)) for r in data["r"]]
@@ -176,7 +176,7 @@ def plot(data: dict[str, Any]) -> dict[str, Any]:
     )
     axes.set_ylim(top=CEILING)
     figures.powers_of_two(axes, data["r"])
-    figures.legend(axes, below=True, ncols=3, fontsize=7.5)
+    figures.legend(axes, below=True, ncols=2, fontsize=8)
     share, panel = figures.panel(
         "Where Theorem 4.3 is vacuous", "r keys kept", "per cent of the queries"
     )
@@ -195,8 +195,9 @@ def plot(data: dict[str, Any]) -> dict[str, Any]:
             [x[name] for x in data["heads"] if x["r"] == r and x["layer"] == y]
             for y in data["layers"]
         ]
-        title = f"{symbol}, over |q| ln n (γ = 0.8)"
-        result[name] = figures.heat(rows, title, name.replace("beta", "β"), data["layers"])
+        title = f"{symbol} (γ = 0.8)"
+        label = "logit over |q| ln n"
+        result[name] = figures.heat(rows, title, label, data["layers"])
     return result
 
 

@@ -23,11 +23,11 @@ BLUE, ORANGE, GREEN, PINK, SKY, GREY = (
 )
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, GREY)
 HEAT = "viridis"
-WIDTH, HEIGHT = 5.6, 3.9
+WIDTH, HEIGHT = 4.9, 3.7
 
 _STYLE: Any = {
     "font.size": 9.5,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -124,7 +124,7 @@ def heat(
 
     values = np.asarray(rows, float)
     values = np.where(np.isfinite(values), values, np.nan)
-    made, axes = panel(title, "head", "layer", width=4.6, height=4.4)
+    made, axes = panel(title, "head", "layer", width=4.4, height=4.2)
     finite = values[np.isfinite(values)]
     least = float(finite.min()) if low is None and finite.size else (low or 0.0)
     most = float(finite.max()) if high is None and finite.size else (high or 1.0)

@@ -219,7 +219,7 @@ def _perplexities(p: dict[str, Any], close: bool) -> Any:
     """Draw perplexity against r; ``close`` shows what lies within a few per cent of dense."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-    title = f"{'The same, close to dense' if close else 'Perplexity'}: {_title(p)}"
+    title = f"{'Close to dense' if close else 'Perplexity'}: {_title(p)}"
     made, axes = figures.panel(title, "r keys", "perplexity", log="" if close else "y")
     dense = p["points"][0]["perplexity"]
     axes.axhline(
@@ -246,7 +246,7 @@ def _perplexities(p: dict[str, Any], close: bool) -> Any:
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.minorticks_off()
-    figures.legend(axes, below=True, ncols=2, fontsize=7.5)
+    figures.legend(axes, below=True, ncols=2, fontsize=8)
     return made
 
 

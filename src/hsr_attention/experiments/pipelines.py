@@ -27,7 +27,7 @@ DECODE = [
     ("append", "key and value to full-precision rows;\nevery 16th closes a block of codes"),
     ("scan", "4-bit codes of all keys:\nan upper bound of every logit"),
     ("choose", "two thresholds from the mass that was seen"),
-    ("select", "8-bit codes where the bound is above the lower one"),
+    ("select", "8-bit codes where the bound\nis above the lower threshold"),
     ("finish", "few keys exactly, some from codes,\nthe rest only counted"),
     ("answer + certificate", "|out − dense| ≤ bound"),
 ]
@@ -81,7 +81,7 @@ def _draw(title: str, stages: list[list[str]], index: str) -> Any:
         axes.text(
             2.2, -i, name, ha="center", va="center", weight="bold", color=figures.INK, bbox=box
         )
-        axes.text(4.75, -i, what, ha="left", va="center", fontsize=8.3, color=figures.INK)
+        axes.text(4.75, -i, what, ha="left", va="center", fontsize=8.4, color=figures.INK)
         if not last:
             arrow = {"arrowstyle": "-|>", "color": figures.GREY, "linewidth": 1.4}
             axes.annotate("", (2.2, -i - 0.72), (2.2, -i - 0.28), arrowprops=arrow)

@@ -147,7 +147,7 @@ def plot(data: dict[str, Any]) -> dict[str, Any]:
     ]
     made["real-heads"] = figures.heat(
         share,
-        f"Centred, n = {last:,}: share of the keys kept",
+        f"Centred: share of {last:,} keys kept",
         "share (logarithmic)",
         data["layers"],
         log=True,
@@ -183,7 +183,7 @@ def _gaussian(data: dict[str, Any]) -> Any:
         none, [1e-13] * len(none), "v", color=figures.ORANGE, label="the lemma's b, counted: none"
     )
     axes.set_ylim(3e-14, 3e6)
-    figures.legend(axes, below=True, ncols=2, fontsize=7.5)
+    figures.legend(axes, below=True, ncols=2, fontsize=8)
     return made
 
 
@@ -199,11 +199,9 @@ def _real(data: dict[str, Any]) -> Any:
             np.maximum([np.quantile(m, x) for m in means], 0.3) for x in (0.1, 0.5, 0.9)
         )
         axes.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(
-            sizes, middle, "o-", color=colour, label=f"{name}: median head (10–90 % of heads)"
-        )
+        axes.plot(sizes, middle, "o-", color=colour, label=f"{name}: median head, 10–90 %")
     figures.powers_of_two(axes, sizes)
-    figures.legend(axes, below=True, ncols=2, fontsize=7.5)
+    figures.legend(axes, below=True, fontsize=8)
     return made
 
 
