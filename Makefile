@@ -3,6 +3,7 @@
 #   make test-slow   everything, with the long randomised checks
 #   make lint        ruff, pyright, clang-format
 #   make demo        SmolLM2 over 8,000 tokens, sparse beside dense; writes demo/report.png
+#   make experiments the theory and the library measured; writes experiments/report.html
 #   make bench       decoding attention against the fastest dense path
 PYTHON ?= python3
 VENV := .venv
@@ -15,8 +16,9 @@ PACKAGE := pyproject.toml README.md $(shell find src -name '*.py' -o -name py.ty
 
 DEMO_FLAGS := --model smollm2 --essays 8000 --max-new-tokens 64 --compare-dense --report demo/report.png
 BENCH_FLAGS :=
+EXPERIMENTS_FLAGS := --out experiments
 
-.PHONY: demo test test-slow lint bench format clean
+.PHONY: demo experiments test test-slow lint bench format clean
 
 # ---- environments
 
@@ -65,6 +67,9 @@ format: $(LINT)/.tools
 demo: $(VENV)/.installed
 	mkdir -p demo
 	$(BIN)/hsr generate $(DEMO_FLAGS)
+
+experiments: $(VENV)/.installed
+	$(BIN)/hsr experiments run $(EXPERIMENTS_FLAGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/hsr bench decode $(BENCH_FLAGS)

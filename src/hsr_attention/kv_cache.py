@@ -63,6 +63,7 @@ class KVCache:
             raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
         self._directory = storage_directory(storage, directory)
         self._layer: Any = None
+        self._codes_values = _reads_value_codes(self.policy)
         self._settings = _native_settings(self.policy)
 
     def __len__(self) -> int:
@@ -141,7 +142,7 @@ class KVCache:
                 k.shape[3],
                 v.shape[3],
                 int(k.dtype),
-                _reads_value_codes(self.policy),
+                self._codes_values,
                 self._directory,
             )
         else:
@@ -157,6 +158,26 @@ class KVCache:
                 raise TypeError(f"keys must be {name} like the cache, got {k.dtype.name}")
         layer.append(k.bits, v.bits, keys_name, values_name)
         self._layer = layer
+
+    def use_policy(self, policy: Policy) -> None:
+        """Attend by another policy from now on; the tokens and their codes stay.
+
+        Raises
+        ------
+        ValueError
+            If the policy weighs keys from value codes (``tail="sketch"``) and this cache was filled
+            under one that does not, so that it has none.
+        """
+        if not isinstance(policy, SoftmaxPolicy | ReLUPolicy):
+            raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
+        if self._layer is None:
+            self._codes_values = _reads_value_codes(policy)
+        elif _reads_value_codes(policy) and not self._codes_values:
+            raise ValueError(
+                "policy must not have tail='sketch' here: the cache was filled under "
+                f"{self.policy!r} and holds no codes of values; fill it under a sketching policy"
+            )
+        self.policy, self._settings = policy, _native_settings(policy)
 
     def crop(self, n: int) -> None:
         """Keep the first n tokens (all of them if there are fewer)."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hsr_attention.cli import bench, capture, evaluate, generate, info
+from hsr_attention.cli import analyze, bench, capture, evaluate, experiments, generate, info
 from hsr_attention.evaluation.errors import InputError
 
 app = typer.Typer(
@@ -44,5 +44,7 @@ def _root(
 app.command("info")(info.run)
 app.command("generate")(generate.run)
 app.command("capture")(capture.run)
+app.command("analyze")(analyze.run)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(experiments.app, name="experiments")

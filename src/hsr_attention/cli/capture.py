@@ -45,7 +45,7 @@ def run(
 
     options.writable(out, "--out")
     count = capture.layer_count(models.load_config(models.find(model)))
-    chosen = _layers(layers, count)
+    chosen = chosen_layers(layers, count)
     loaded, ids = options.load_with_text(
         model,
         dtype,
@@ -91,7 +91,8 @@ def run(
         )
 
 
-def _layers(text: str, count: int) -> list[int]:
+def chosen_layers(text: str, count: int) -> list[int]:
+    """Read ``--layers``."""
     if text.strip() == "all":
         return list(range(count))
     try:

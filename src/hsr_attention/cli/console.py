@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 NONE = "-"
@@ -31,6 +41,32 @@ def progress(unit: str = "tokens") -> Progress:
         console=Console(stderr=True),
         transient=True,
     )
+
+
+class Status:
+    """One line on stderr that says what is being done."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None)
+
+    def update(self, what: str) -> None:
+        """Say what is being done now."""
+        self._bar.update(self._task, description=escape(what))
+
+
+@contextmanager
+def status() -> Iterator[Status]:
+    """Show a line on stderr that says what is being done, and for how long."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        yield Status(bar)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

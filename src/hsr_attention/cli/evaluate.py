@@ -119,12 +119,14 @@ def prompt(
 
     Example: hsr evaluate prompt --model smollm2 --essays 8192
     """
+    from hsr_attention.evaluation.generation import default_policy
     from hsr_attention.evaluation.perplexity import attention_layers, prompt_perplexity
 
-    wanted = options.policy(policy)
+    wanted = options.policy(policy) if policy else None
     loaded, ids = options.load_with_text(
         model, dtype, prompt_file, essays, tokens, 0, max_context, threads, shorten="--tokens"
     )
+    wanted = wanted or default_policy(loaded.model.config)
     results: dict[str, Any] = {}
     with console.progress("layers") as bar:
         for name, chosen in (("hsr", wanted), ("dense", None)):

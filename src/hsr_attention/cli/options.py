@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hsr_attention.evaluation.environment import machine as machine
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
 from hsr_attention.thresholds import Gaussian, SqrtLog
@@ -262,24 +263,6 @@ def set_threads(threads: int | None) -> int:
     hsr.set_num_threads(threads)
     torch_threads.share_openmp()
     return threads
-
-
-def machine() -> dict[str, Any]:
-    """Return what numbers depend on: instruction set, threads, versions, processor."""
-    import torch
-
-    import hsr_attention as hsr
-
-    found = hsr.info()
-    found["torch_threads"] = torch.get_num_threads()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                found["processor"] = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return found
 
 
 def quiet_libraries() -> None:

@@ -32,14 +32,13 @@ def layer_count(config: Any) -> int:
     return config.get_text_config().num_hidden_layers
 
 
-def capture(
-    model: Any,
-    ids: Any,
-    layers: list[int],
-    queries: int = 256,
-    on_layer: Callable[[int], None] = lambda layer: None,
-) -> Heads:
-    """Run ``ids`` [1, n] through a transformers model once and keep q, k and v of ``layers``."""
+def stream(model: Any, ids: Any, visit: Callable[[int, Any, Any, Any, float], None]) -> Any:
+    """Run ``ids`` [1, n] through a transformers model once, dense, and show q, k and v of each layer.
+
+    ``visit(layer, q, k, v, scale)`` is called as each layer is reached, with q [heads, n, d] and k, v
+    [kv_heads, n, d] after the rotary embedding: what attention is given, and a cache would hold.
+    Returns the logits after the last token, [vocab].
+    """
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -49,26 +48,41 @@ def capture(
 
     relu = isinstance(model.config, ReLULMConfig)
     attend: Any = relu_attention_forward if relu else sdpa_attention_forward
-    heads = Heads()
 
-    def keep(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **rest: Any):
-        layer = module.layer_idx
-        on_layer(layer)
-        if layer in layers:
-            heads.scale = scaling
-            for name, tensor in (("q", q[0, :, -queries:]), ("k", k[0]), ("v", v[0])):
-                heads.tensors[f"{name}{layer}"] = tensor.clone().contiguous()
+    def show(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **rest: Any):
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        visit(module.layer_idx, q[0], k[0], v[0], scale)
         return attend(module, q, k, v, mask, scaling=scaling, **rest)
 
-    AttentionInterface.register(_IMPLEMENTATION, keep)
+    AttentionInterface.register(_IMPLEMENTATION, show)
     AttentionMaskInterface.register(_IMPLEMENTATION, sdpa_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_IMPLEMENTATION)
     try:
         with torch.no_grad():
-            model(ids, use_cache=False, logits_to_keep=1)
+            return model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
     finally:
         model.set_attn_implementation(before)
+
+
+def capture(
+    model: Any,
+    ids: Any,
+    layers: list[int],
+    queries: int = 256,
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> Heads:
+    """Run ``ids`` [1, n] through a transformers model once and keep q, k and v of ``layers``."""
+    heads = Heads()
+
+    def keep(layer: int, q: Any, k: Any, v: Any, scale: float) -> None:
+        on_layer(layer)
+        if layer in layers:
+            heads.scale = scale
+            for name, tensor in (("q", q[:, -queries:]), ("k", k), ("v", v)):
+                heads.tensors[f"{name}{layer}"] = tensor.clone().contiguous()
+
+    stream(model, ids, keep)
     missing = sorted(set(layers) - {int(name[1:]) for name in heads.tensors})
     if missing:
         raise InputError(f"layers {missing} of this model have no attention to capture")

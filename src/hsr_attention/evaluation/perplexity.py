@@ -65,19 +65,39 @@ def perplexity(
     try:
         logits = generation.prefill(model, ids[:, :prefix], cache, chunk, on_tokens)
         forced = ids[0, prefix : prefix + tokens].tolist()
-        done = iter(range(prefix + 1, prefix + tokens + 1))
-        decoded = generation.decode(
-            model, cache, logits, tokens, forced=forced, on_token=lambda _: on_tokens(next(done))
-        )
+        return score(model, cache, logits, forced, prefix, on_tokens)
     finally:
         model.set_attn_implementation(before)
+
+
+def score(
+    model: Any,
+    cache: Any,
+    logits: Any,
+    forced: list[int],
+    prefix: int,
+    on_tokens: Callable[[int], None] = lambda done: None,
+) -> Perplexity:
+    """Force tokens one by one behind a cache of ``prefix`` tokens; ``logits`` [vocab] come first.
+
+    The cache then holds all of them but the last.
+    """
+    done = iter(range(prefix + 1, prefix + len(forced) + 1))
+    decoded = generation.decode(
+        model,
+        cache,
+        logits,
+        len(forced),
+        forced=forced,
+        on_token=lambda _: on_tokens(next(done)),
+    )
     nats = [-logprob for logprob in decoded.logprobs]
     return Perplexity(
         math.exp(sum(nats) / len(nats)),
         nats,
         prefix,
         sum(decoded.seconds),
-        None if policy is None else cache.statistics(),
+        cache.statistics() if getattr(cache, "collect", False) else None,
     )
 
 

@@ -122,6 +122,18 @@ class HSRCache(Cache):
             raise ValueError("statistics need HSRCache(..., collect=True), got collect=False")
         return [layer.statistics(i) for i, layer in self.hsr_layers.items()]
 
+    def use_policy(self, policy: Policy) -> None:
+        """Attend by another policy from now on; the tokens stay, the statistics start anew.
+
+        Raises
+        ------
+        ValueError
+            If the policy reads codes of values that the cache was filled without; see ``KVCache``.
+        """
+        for layer in self.hsr_layers.values():
+            layer.use_policy(policy)
+        self.policy = policy
+
     def update(
         self,
         key_states: torch.Tensor,

@@ -247,6 +247,13 @@ class HSRLayer(CacheLayerMixin):
         self._tokens = len(self.rows)
         self._numbers[1] = self._tokens
 
+    def use_policy(self, policy: Policy) -> None:
+        """Attend by another policy from now on, and forget the statistics of the old one."""
+        self.rows.use_policy(policy)
+        self.policy = policy
+        if self._certificates is not None:
+            self._certificates = []
+
     def forget_newest(self, rows: CachedRows) -> None:
         """Undo the append that returned ``rows``, if it was the last one."""
         length = torch.Tensor.size(rows, 2)

@@ -1,0 +1,39 @@
+"""What numbers depend on: versions, instruction set, threads, processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """Return ``hsr.info()`` with torch's threads, the processor and the memory."""
+    import torch
+
+    import hsr_attention as hsr
+
+    found = hsr.info()
+    found["torch_threads"] = torch.get_num_threads()
+    for file, word, name in (
+        ("/proc/cpuinfo", "model name", "processor"),
+        ("/proc/meminfo", "MemTotal", "memory"),
+    ):
+        try:
+            lines = Path(file).read_text().splitlines()
+        except OSError:
+            continue
+        values = [line.partition(":")[2].strip() for line in lines if line.startswith(word)]
+        if values:
+            found[name] = values[0]
+    return found
+
+
+def memory_available() -> int | None:
+    """Return bytes that can be taken without swapping, None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,1 @@
+"""The paper's statements as functions: what is predicted, and what arrays show."""
