@@ -16,9 +16,11 @@ void ValueSketch::code(const RowStore& values, int head, size_t until) {
 }
 
 void ValueSketch::widen(const float* row) {
+    ++appended_;
     for (int i = 0; i < dim_; ++i) {
         least_[size_t(i)] = std::min(least_[size_t(i)], row[i]);
         most_[size_t(i)] = std::max(most_[size_t(i)], row[i]);
+        sum_[size_t(i)] += row[i];
     }
 }
 

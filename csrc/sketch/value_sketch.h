@@ -15,6 +15,7 @@ public:
     explicit ValueSketch(int dim)
         : least_(size_t(dim), std::numeric_limits<float>::infinity()),
           most_(size_t(dim), -std::numeric_limits<float>::infinity()),
+          sum_(size_t(dim), 0.0),
           dim_(dim) {}
 
     size_t coded() const { return coded_; }
@@ -25,13 +26,18 @@ public:
     const std::vector<float>& least() const { return least_; }
     const std::vector<float>& most() const { return most_; }
 
+    // Mean of every value ever appended, to stand for values that are left out.
+    double mean(int i) const { return appended_ ? sum_[size_t(i)] / double(appended_) : 0.0; }
+
     void code(const RowStore& values, int head, size_t until);  // until: a multiple of 16
     void widen(const float* row);
     void crop(size_t keys) { coded_ = keys < coded_ ? keys / kBlock * kBlock : coded_; }
 
 private:
     std::vector<float> least_, most_;
+    std::vector<double> sum_;
     int dim_;
+    size_t appended_ = 0;
     size_t coded_ = 0;
     Buffer rows_, parameters_;
 };

@@ -9,6 +9,10 @@
 #include <new>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace hsr {
 
 class Buffer {
@@ -42,9 +46,22 @@ public:
         base_ = moved;
         shift_ = shift;
         capacity_ = wanted;
+        prefer_large_pages(bytes);
     }
 
 private:
+    // Rows are read far apart, and a walk through the page tables for each costs as much as the read. Only whole
+    // large pages inside what is about to be written: nothing becomes resident that would not have been.
+    void prefer_large_pages(size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+        constexpr uintptr_t large = uintptr_t(2) << 20;
+        const uintptr_t first = (reinterpret_cast<uintptr_t>(data()) + large - 1) / large * large,
+                        last = (reinterpret_cast<uintptr_t>(data()) + bytes) / large * large;
+        if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
+#else
+        (void)bytes;
+#endif
+    }
     void swap(Buffer& other) {
         std::swap(base_, other.base_);
         std::swap(shift_, other.shift_);
