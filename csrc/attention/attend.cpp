@@ -18,11 +18,14 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
 constexpr size_t kChunkBlocks = 128;             // 2,048 keys: their estimates fit the first cache
 constexpr size_t kChunkKeys = kChunkBlocks * kBlock;
+constexpr size_t kFewChunks = 32;              // with fewer chunks than this, threads are kept busier by half chunks
 constexpr size_t kWorkspaceFloats = 4u << 20;  // estimates alive at once: 16 MiB
 constexpr size_t kSampleBlocks = 64;           // read to guess where epsilon of the mass is reached
 
 // A band of 4-bit estimates above this many nats decides little: scan both planes at once.
 constexpr double kWideBand = 6.0;
+// A block is refined when its 16 keys together may weigh as much as this many keys at the threshold.
+constexpr float kBlockWeight = 8.0f;
 // Weights are taken relative to the largest estimate; a true logit may exceed it by the band, and
 // exp(band) times n must stay inside float32. Beyond, the next finer scan is used.
 constexpr double kSafeBand = 30.0;
@@ -32,7 +35,7 @@ enum class Scan { four, eight, full };
 // Sums of one (tile, chunk); all masses are relative to exp(reference).
 struct Partial {
     double exact_mass[kTile], sketched[kTile], weight_band[kTile], weight_var[kTile];
-    double omitted[kTile];
+    double omitted[kTile], left[kTile];
     double relu_top[kTile];  // ReLU: largest logit - threshold; weights are relative to its power
     int64_t kept[kTile], exact[kTile], refined;
 };
@@ -50,6 +53,7 @@ struct Tile {
     size_t place[kTile];   // index into the results
     int64_t visible[kTile], seen[kTile];
     double norm[kTile], float_slack[kTile], reference[kTile], mass[kTile];
+    double likely[kTile];     // of an omitted key: likely weight / upper bound of its weight
     double lowering[kTile];   // by how much the threshold is lowered when too much was omitted
     double threshold[kTile];  // of the rule, in logits
     PreparedQuery prepared[kTile];
@@ -59,6 +63,9 @@ struct Tile {
     size_t blocks, chunks;  // coded blocks any of the queries may see
     float* uppers;          // upper bounds of the logits of coded keys, [count] rows of `stride`
     size_t stride;
+    float* block_masses;  // rule epsilon, four bits: upper masses of coded blocks, [count] rows of `mass_stride`
+    size_t mass_stride;
+    bool by_block;  // block_masses are complete and decide which blocks are refined
     Selection selection[kTile];
     double tail_logit[kTile][kBlock];  // keys behind the coded blocks; -inf: not seen
     size_t partial_at;
@@ -81,7 +88,7 @@ struct KeptLists {
 };
 
 struct Workspace {
-    std::vector<float> uppers, accumulators, offsets, steps, squares;
+    std::vector<float> uppers, block_masses, accumulators, offsets, steps, squares;
     std::vector<Partial> partials;
     std::vector<double> chunk_mass, chunk_top;
     std::vector<std::vector<Candidate>> candidates;
@@ -105,6 +112,7 @@ public:
         const size_t tiles_per_head = (per_head + kTile - 1) / kTile;
         const size_t all = size_t(cache_.batch() * cache_.kv_heads()) * tiles_per_head;
         const size_t stride = cache_.coded() + 64;
+        chunk_blocks_ = all * cache_.coded() < kFewChunks * kChunkKeys ? kChunkBlocks / 2 : kChunkBlocks;
         const size_t wave = std::max<size_t>(size_t(num_threads()), kWorkspaceFloats / (kTile * stride));
         for (size_t first = 0; first < all; first += wave) {
             const size_t count = std::min(wave, all - first);
@@ -123,6 +131,8 @@ private:
     bool reads_value_codes() const { return !relu() && settings_.sketch_tail; }
     // The omitted share has a bound to keep.
     bool bounds_mass() const { return settings_.rule == Rule::epsilon || reads_value_codes(); }
+    // Omitted keys are stood in for by the mean value, except where the paper's algorithm is asked for.
+    bool stands_in() const { return reads_value_codes(); }
     bool certify() const { return !relu() && (settings_.certify || bounds_mass()); }
 
     const uint8_t* mask_row(const Tile& tile, int q) const {
@@ -145,17 +155,26 @@ private:
         tiles_.resize(count);
         if (space_->uppers.size() < count * kTile * stride) space_->uppers.resize(count * kTile * stride);
         Workspace& space = *space_;
+        const size_t mass_stride = (stride / kBlock + kChunkBlocks) / kChunkBlocks * kChunkBlocks;
+        if (space.block_masses.size() < count * kTile * mass_stride)
+            space.block_masses.resize(count * kTile * mass_stride);
         queries_of_wave_.clear();
         for (size_t t = 0; t < count; ++t) {
             place_tile(tiles_[t], first + t, tiles_per_head);
             tiles_[t].uppers = space.uppers.data() + t * kTile * stride;
             tiles_[t].stride = stride;
+            tiles_[t].block_masses = space.block_masses.data() + t * kTile * mass_stride;
+            tiles_[t].mass_stride = mass_stride;
             for (int q = 0; q < tiles_[t].count; ++q) queries_of_wave_.push_back({t, q});
         }
         // A dozen queries are prepared before a second thread would be awake.
         parallel_for(queries_of_wave_.size(), queries_of_wave_.size() < 16 ? 1 : num_threads(),
                      [&](size_t i) { prepare(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second); });
-        for (Tile& tile : tiles_) tile.scan = kind_of_scan(tile, cache_.key_sketch(store_head(tile)));
+        for (Tile& tile : tiles_) {
+            tile.scan = kind_of_scan(tile, cache_.key_sketch(store_head(tile)));
+            tile.by_block =
+                settings_.rule == Rule::epsilon && tile.scan == Scan::four && !hides(tile, 0, tile.blocks * kBlock);
+        }
         chunks_of_wave_.clear();
         for (size_t t = 0; t < count; ++t) {
             tiles_[t].partial_at = chunks_of_wave_.size();
@@ -185,7 +204,7 @@ private:
             farthest = std::max(farthest, tile.visible[q]);
         }
         tile.blocks = std::min(cache_.key_sketch(store_head(tile)).blocks(), (size_t(farthest) + kBlock - 1) / kBlock);
-        tile.chunks = (tile.blocks + kChunkBlocks - 1) / kChunkBlocks;
+        tile.chunks = (tile.blocks + chunk_blocks_ - 1) / chunk_blocks_;
     }
 
     void prepare(Tile& tile, int q) const {
@@ -212,7 +231,8 @@ private:
         }
     }
 
-    Scan kind_of_scan(const Tile& tile, const KeySketch& sketch) const {
+    Scan kind_of_scan(Tile& tile, const KeySketch& sketch) const {
+        std::fill(tile.likely, tile.likely + kTile, 1.0);
         if (!tile.blocks) return Scan::four;
         const auto& extent = sketch.extent();
         Scan kind = Scan::four;
@@ -221,9 +241,18 @@ private:
             const double worst4 = c.slope4 * extent.residual4 + c.slope4_step * extent.step + c.slack;
             const double worst8 = c.slope8 * extent.residual8 + c.slope8_step * extent.step + c.slack;
             const double mean4 = c.slope4 * extent.residual4_sum / double(sketch.coded());
-            if (!(worst8 < kSafeBand)) return Scan::full;
+            if (!(worst8 < kSafeBand)) {
+                std::fill(tile.likely, tile.likely + kTile, 1.0);
+                return Scan::full;
+            }
+            tile.likely[q] = std::exp(-mean4);
             if (!(worst4 < kSafeBand) || mean4 > kWideBand) kind = Scan::eight;
         }
+        if (kind == Scan::eight)
+            for (int q = 0; q < tile.count; ++q) {
+                const CodedQuery& c = tile.coded[q];
+                tile.likely[q] = std::exp(-double(c.slope8 * extent.residual8 + c.slope8_step * extent.step + c.slack));
+            }
         return kind;
     }
 
@@ -280,7 +309,7 @@ private:
 
     void scan_chunk(Tile& tile, size_t chunk) {
         const KeySketch& sketch = cache_.key_sketch(store_head(tile));
-        const size_t first = chunk * kChunkBlocks, count = std::min(kChunkBlocks, tile.blocks - first);
+        const size_t first = chunk * chunk_blocks_, count = std::min(chunk_blocks_, tile.blocks - first);
         float* estimates = tile.uppers + first * kBlock;  // upper bounds at the end of this function
         double* tops = space_->chunk_top.data() + (tile.partial_at + chunk) * kTile;
         double* masses = space_->chunk_mass.data() + (tile.partial_at + chunk) * kTile;
@@ -291,7 +320,7 @@ private:
         }
         if (tile.scan == Scan::four && !hides(tile, first * kBlock, count * kBlock)) {
             kernels().scan_mass(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates,
-                                tile.stride, maxima, masses);
+                                tile.stride, maxima, masses, tile.block_masses + first, tile.mass_stride);
             std::copy(maxima, maxima + tile.count, tops);
             return;
         }
@@ -374,6 +403,12 @@ private:
         tile.reference[q] = tile.scan == Scan::full || tile.chunks == 0 ? top : double(float(top));
         tile.lowering[q] = std::max(1.0, std::fabs(top) * 1e-5);
         tile.mass[q] = mass;
+        if (tile.by_block)
+            for (size_t c = 0; c < tile.chunks; ++c) {
+                const double chunk_top = space_->chunk_top[(tile.partial_at + c) * kTile + size_t(q)];
+                kernels().scale(tile.block_masses + size_t(q) * tile.mass_stride + c * chunk_blocks_, chunk_blocks_,
+                                float(std::exp(chunk_top - tile.reference[q])));
+            }
         Selection& selection = tile.selection[q];
         selection.reference = float(tile.reference[q]);
         selection.keep_upper = exact_rule();
@@ -400,6 +435,12 @@ private:
                     settings_.sketch_tail ? float(log_mass + std::log(settings_.exact_share)) : -kInf;
                 break;
         }
+        selection.mass_from = mass_from(tile, q, selection.threshold);
+    }
+
+    // Blocks whose keys together may weigh less than this are left out as a whole.
+    static float mass_from(const Tile& tile, int q, float threshold) {
+        return kBlockWeight * std::exp(threshold - float(tile.reference[q]));
     }
 
     static float below(double x) { return std::nextafter(float(x), -kInf); }
@@ -411,13 +452,14 @@ private:
         const size_t step = std::max<size_t>(1, tile.blocks / kSampleBlocks);
         const size_t blocks = (tile.blocks + step - 1) / step;
         static thread_local std::vector<float> buffer;
-        buffer.resize(4 * blocks * kBlock);
+        buffer.resize(4 * blocks * kBlock + blocks);
         float *estimates = buffer.data(), *uppers = estimates + blocks * kBlock, *weights = uppers + blocks * kBlock,
-              *upper_weights = weights + blocks * kBlock;
+              *upper_weights = weights + blocks * kBlock, *sampled = upper_weights + blocks * kBlock;
         for (size_t i = 0; i < blocks; ++i) {
             const size_t block = i * step;
             const float* from = tile.uppers + size_t(q) * tile.stride + block * kBlock;
             std::copy(from, from + kBlock, uppers + i * kBlock);
+            sampled[i] = tile.by_block ? tile.block_masses[size_t(q) * tile.mass_stride + block] : 0.0f;
             away_from_upper(tile, q, block, 1, -1.0f, from, estimates + i * kBlock);
         }
         const size_t count = blocks * kBlock;
@@ -428,6 +470,14 @@ private:
         const double allowed = 0.7 * settings_.epsilon * tile.mass[q] / double(step);
         // A key that alone holds more than epsilon of the mass cannot be left out.
         const auto omits_too_much = [&](float threshold) {
+            if (tile.by_block) {
+                const float from = mass_from(tile, q, threshold);
+                const double light =
+                    kernels().sum_below(tile.block_masses + size_t(q) * tile.mass_stride, tile.blocks, from);
+                return light / double(step) +
+                           kernels().mass_left(estimates, weights, sampled, blocks, from, threshold) >
+                       allowed;
+            }
             return kernels().mass_below(estimates, uppers, weights, upper_weights, count, threshold) > allowed;
         };
         // Nothing below 80 nats matters; at large logits, where floats stand further apart, go by relative steps.
@@ -512,32 +562,34 @@ private:
         static thread_local KeptLists lists;
         lists.reserve(groups_);
         KeptKeys& kept = lists.kept;
-        const size_t last = std::min((chunk + 1) * kChunkBlocks, tile.blocks);
-        for (size_t first = chunk * kChunkBlocks; first < last; first += kSelectBlocks) {
+        const size_t last = std::min((chunk + 1) * chunk_blocks_, tile.blocks);
+        for (size_t first = chunk * chunk_blocks_; first < last; first += kSelectBlocks) {
             const size_t count = std::min(kSelectBlocks, last - first);
             if (tile.scan == Scan::full)
                 select_full(tile, first * kBlock, count * kBlock, kept, sums);
             else
                 select_coded(tile, first, count, kept, sums);
+            // Full-precision rows lie far apart: they are on their way while the value codes are read.
+            for (int q = 0; q < tile.count; ++q)
+                for (size_t i = 0; i < kept.exact_count[q]; ++i) fetch_rows(tile, kept.exact[q][i]);
+            if (kept.count)
+                kernels().accumulate_codes(cache_.value_sketch(store_head(tile)).rows(), cache_.value_dim(), &kept,
+                                           tile.count, accumulators);
             for (int q = 0; q < tile.count; ++q) {
                 part.kept[q] += kept.kept[q];
                 part.exact[q] += int64_t(kept.exact_count[q]);
-                const size_t exact = kept.exact_count[q];
-                for (size_t i = 0; i < exact; ++i) {
+                for (size_t i = 0; i < kept.exact_count[q]; ++i) {
                     const uint32_t key = kept.exact[q][i];
-                    if (i + 4 < exact) fetch_rows(tile, kept.exact[q][i + 4]);
                     if (collects())
                         space_->candidates[piece * kTile + size_t(q)].push_back({key, logit(tile, q, key)});
                     else
                         add_exact(tile, q, key, logit(tile, q, key), part, accumulators + size_t(q) * width);
                 }
             }
-            if (kept.count)
-                kernels().accumulate_codes(cache_.value_sketch(store_head(tile)).rows(), cache_.value_dim(), &kept,
-                                           tile.count, accumulators);
         }
         for (int q = 0; q < tile.count; ++q) {
             part.omitted[q] += sums.omitted[q];
+            part.left[q] += sums.left[q];
             part.sketched[q] = sums.sketched[q];
             part.weight_band[q] = sums.weight_band[q];
             part.weight_var[q] = sums.weight_var[q];
@@ -548,7 +600,6 @@ private:
         part.refined = sums.refined;
     }
 
-    // Full-precision rows lie far apart: ask for them before they are needed.
     void fetch_rows(const Tile& tile, size_t key) const {
         for (const RowStore* rows : {&cache_.keys(), &cache_.values()}) {
             const uint8_t* row = rows->row(key, store_head(tile));
@@ -563,7 +614,8 @@ private:
         kernels().select(keys.high(first), keys.low(first),
                          values ? cache_.value_sketch(store_head(tile)).parameters(first) : nullptr, cache_.key_dim(),
                          cache_.value_dim(), count, uint32_t(first * kBlock), tile.coded, tile.count, tile.selection,
-                         wanted, tile.uppers + first * kBlock, tile.stride, &kept, &sums);
+                         wanted, tile.uppers + first * kBlock, tile.stride,
+                         tile.by_block ? tile.block_masses + first : nullptr, tile.mass_stride, &kept, &sums);
     }
 
     // All estimates are full-precision logits: what reaches the threshold is exact, the rest is omitted.
@@ -649,6 +701,7 @@ private:
             total.weight_band[0] += part.weight_band[q];
             total.weight_var[0] += part.weight_var[q];
             total.omitted[0] += part.omitted[q];
+            total.left[0] += part.left[q];
             total.kept[0] += part.kept[q];
             const float* from = space_->accumulators.data() + (piece * kTile + size_t(q)) * width;
             for (size_t i = 0; i < width; ++i) sum[i] += from[i] * float(factor);
@@ -675,8 +728,8 @@ private:
         const double exact_mass = total.exact_mass[0] + tail.exact_mass[q];
         const double mass = exact_mass + total.sketched[0];
         // Keys whose weight underflowed (below exp(-87) of the reference) count exp(-87) each.
-        const double omitted =
-            (total.omitted[0] + tail.omitted[q]) * 1.0001 + (certify() ? double(tile.seen[q]) * 1.7e-38 : 0.0);
+        const double omitted = (total.omitted[0] + total.left[0] + tail.omitted[q]) * 1.0001 +
+                               (certify() ? double(tile.seen[q]) * 1.7e-38 : 0.0);
         // exp(-band) >= 1 - band
         const double surely = exact_mass * std::max(0.0, 1 - tile.float_slack[q]) +
                               std::max(0.0, total.sketched[0] * 0.9999 - total.weight_band[0] * 1.0001);
@@ -686,6 +739,7 @@ private:
             tile.lowering[q] *= 2;
             selection.threshold =
                 next < tile.reference[q] - 80.0 - 1e-5 * std::fabs(tile.reference[q]) ? -kInf : float(next);
+            selection.mass_from = mass_from(tile, q, selection.threshold);
             return false;
         }
         const size_t place = tile.place[q];
@@ -703,7 +757,12 @@ private:
             result_.omitted_mass[place] = defined ? 0.0f : 1.0f;
             return true;
         }
-        for (int i = 0; i < dim; ++i) out[i] = float(sum[i] / mass);
+        // What was left out is given its likely mass at the mean of all values: a guess that takes nothing from
+        // the bound and halves the error.
+        const double guess = stands_in() ? std::min(total.omitted[0] * tile.likely[q] + total.left[0], omitted) : 0.0;
+        const ValueSketch& values = cache_.value_sketch(store_head(tile));
+        for (int i = 0; i < dim; ++i)
+            out[i] = float(guess > 0 ? (sum[i] + guess * values.mean(i)) / (mass + guess) : sum[i] / mass);
         result_.lse[place] =
             float(std::log(mass) + (relu() ? settings_.power * std::log(tail.relu_top[q]) : tile.reference[q]));
         if (!settings_.certify) {
@@ -711,7 +770,8 @@ private:
             return true;
         }
         result_.omitted_mass[place] = omitted > 0 ? std::min(1.0f, up(omitted / (surely + omitted))) : 0.0f;
-        certificate(tile, q, place, mass, exact_mass, omitted, tail.relu_top[q], total, kept, steps, squares, out);
+        certificate(tile, q, place, mass + guess, exact_mass, omitted, guess, tail.relu_top[q], total, kept, steps,
+                    squares, out);
         return true;
     }
 
@@ -729,8 +789,8 @@ private:
     }
 
     void certificate(const Tile& tile, int q, size_t place, double mass, double exact_mass, double omitted,
-                     double relu_top, const Partial& total, int64_t kept, const double* steps, const double* squares,
-                     const float* out) {
+                     double guess, double relu_top, const Partial& total, int64_t kept, const double* steps,
+                     const double* squares, const float* out) {
         const ValueSketch& values = cache_.value_sketch(store_head(tile));
         // Share of the mass that is misplaced: omitted, or given by a wrong weight. expm1 of the band of a
         // full-precision logit is its float32 rounding.
@@ -749,7 +809,11 @@ private:
             const double reach = std::max(most - out[i], double(out[i]) - least);
             // |value - decoded| <= step / 2 (1 + 2^-10)
             const double coding = steps[g] * 0.5005 / mass;
-            const double own = wrong < 1 ? std::min((coding + wrong * reach) / (1 - wrong), reach) : reach;
+            const double stood_in = guess * std::fabs(values.mean(i) - out[i]);
+            const double own =
+                wrong + guess / mass < 1
+                    ? std::min((coding + wrong * reach + stood_in / mass) / (1 - wrong - guess / mass), reach)
+                    : reach;
             bound = std::max(bound, own);
             variance = std::max(variance, squares[g] / 12.0);
             spread = std::max(spread, (most - least) / 8.0);
@@ -796,6 +860,7 @@ private:
     const AttendResult& result_;
     const int64_t m_;
     const int heads_, group_, groups_;
+    size_t chunk_blocks_ = kChunkBlocks;
     Workspace* space_ = nullptr;
     std::vector<Tile> tiles_;
     std::vector<std::pair<size_t, size_t>> chunks_of_wave_;  // (tile, chunk)

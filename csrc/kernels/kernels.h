@@ -58,6 +58,7 @@ struct Selection {
     float exact_from;  // kept and estimate8 >= exact_from: read at full precision
     float reference;   // weights are exp(estimate - reference)
     float growth;      // exp(x) - 1 <= growth * x for every band x of both planes
+    float mass_from;   // with block masses: refine a block whose upper mass is not below
     bool keep_upper;   // for selections that must be exact: keep whatever may reach the threshold
 };
 
@@ -79,7 +80,8 @@ enum class Sums { none, masses, all };
 
 // Sums of one selection; masses are relative to exp(reference).
 struct SelectionSums {
-    double omitted[kTile];      // upper bound of the mass of what was left out
+    double omitted[kTile];      // upper bound of the mass of what was left out unrefined
+    double left[kTile];         // and of what was left out after it was refined
     double sketched[kTile];     // sum of weights taken from codes
     double weight_band[kTile];  // sum of weight * band
     double weight_var[kTile];   // sum of (weight band)^2 / head_dim, for the estimate of the error
@@ -123,11 +125,19 @@ struct Kernels {
     void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* estimates,
                  size_t estimate_stride, float* maxima);
     // The same blocks in one pass, at most 2,048 keys: upper bounds (estimate + band) instead of
-    // estimates, their largest estimate, and the sum of exp(estimate - largest), at most 0.4 % too large.
+    // estimates, their largest estimate, and the sum of exp(estimate - largest), at most 6.2 % too large.
+    // block_masses[q * mass_stride + block]: sum of exp(upper - largest) over the keys of a block, likewise.
     void (*scan_mass)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
-                      size_t stride, float* maxima, double* masses);
+                      size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride);
     // out = exp(x - reference)
     void (*exp_into)(const float* x, size_t count, float reference, float* out);
+    // x *= factor
+    void (*scale)(float* x, size_t count, float factor);
+    // sum of the x[i] below the limit
+    double (*sum_below)(const float* x, size_t count, float limit);
+    // Sum, over the blocks of 16 with block_masses not below `mass_from`, of weights where estimate < threshold.
+    double (*mass_left)(const float* estimates, const float* weights, const float* block_masses, size_t blocks,
+                        float mass_from, float threshold);
     // Mass that a threshold b would omit in a sample: the sum of upper_weights where upper < b, and of
     // weights where estimate < b <= upper.
     double (*mass_below)(const float* estimates, const float* uppers, const float* weights, const float* upper_weights,
@@ -137,11 +147,14 @@ struct Kernels {
     // Estimates of `blocks` blocks from both planes; maxima as in `scan`.
     void (*refine)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
                    int count, float* estimates, size_t estimate_stride, float* maxima);
-    // Two-stage selection over blocks, from upper bounds of the logits. `value_parameters` is null when everything kept
-    // is read at full precision.
+    // Two-stage selection over blocks. A query refines the keys whose upper bound reaches its threshold; or, when
+    // block_masses are given, the blocks whose upper mass is not below `mass_from`: reading the second plane of a
+    // block costs the same for one key as for all, so what counts is what the block may weigh. `value_parameters`
+    // is null when everything kept is read at full precision.
     void (*select)(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
                    size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
-                   Sums wanted, const float* uppers, size_t stride, KeptKeys* kept, SelectionSums* sums);
+                   Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
+                   KeptKeys* kept, SelectionSums* sums);
     // accumulators[q][groups * 32] += scaled * code over the kept keys
     void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKeys* kept, int count, float* accumulators);
     // out[i] = estimates[i] + sign * band, for the keys of `blocks` blocks; the band is that of 4 bits, or

@@ -156,32 +156,53 @@ inline int32_t four_digits(const int8_t* digits) {
     return word;
 }
 
-// Estimates of `blocks` blocks of one tile; raises top[q].
+// Estimates of `Blocks` neighbouring blocks of one tile; raises top[q]. Two blocks share each load of the query's
+// digits, which would else be what limits the loop.
+template <int Count, int Blocks>
+inline void score_together(const uint8_t* high, int dim, const CodedQuery* queries, float* estimates, size_t stride,
+                           f32x16* top) {
+    const int pairs = (dim + 7) / 8;
+    const size_t bytes = size_t(pairs) * 64;
+    i32x16 even[Blocks][Count] = {}, odd[Blocks][Count] = {};
+    for (int p = 0; p < pairs; ++p) {
+        u8x64 a[Blocks], b[Blocks];
+        for (int k = 0; k < Blocks; ++k) {
+            const uint8_t* line = high + k * (bytes + 64) + p * 64;
+            __builtin_prefetch(line + 8 * (bytes + 64));
+            const u8x64 codes = load<u8x64>(line);
+            a[k] = low_nibbles(codes), b[k] = high_nibbles_scaled(codes);
+        }
+        for (int q = 0; q < Count; ++q) {
+            const int32_t first = four_digits(queries[q].high + 8 * p),
+                          second = four_digits(queries[q].high + 8 * p + 4);
+            for (int k = 0; k < Blocks; ++k) {
+                even[k][q] = dot4(even[k][q], a[k], first);
+                odd[k][q] = dot4(odd[k][q], b[k], second);
+            }
+        }
+    }
+    for (int k = 0; k < Blocks; ++k) {
+        __builtin_prefetch(high + k * (bytes + 64) + bytes + 8 * (bytes + 64));
+        const f32x16 step = from_bfloat16(load<u16x16>(high + k * (bytes + 64) + bytes));
+        for (int q = 0; q < Count; ++q) {
+            const CodedQuery& query = queries[q];
+            const f32x16 dot = to_float16lanes(even[k][q] + (odd[k][q] >> kHighShift)) - 7.5f * query.high_sum;
+            const f32x16 estimate = step * (16.0f * query.unit * dot) + query.centre;
+            top[q] = max_of(top[q], estimate);
+            store(estimates + q * stride + k * 16, estimate);
+        }
+    }
+}
+
 template <int Count>
 inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* estimates,
                          size_t stride, f32x16* top) {
-    const int pairs = (dim + 7) / 8;
-    const size_t bytes = size_t(pairs) * 64;
-    for (size_t block = 0; block < blocks; ++block, high += bytes + 64) {
-        i32x16 even[Count] = {}, odd[Count] = {};
-        for (int p = 0; p < pairs; ++p) {
-            __builtin_prefetch(high + 8 * (bytes + 64) + p * 64);
-            const u8x64 codes = load<u8x64>(high + p * 64);
-            const u8x64 a = low_nibbles(codes), b = high_nibbles_scaled(codes);
-            for (int q = 0; q < Count; ++q) {
-                even[q] = dot4(even[q], a, four_digits(queries[q].high + 8 * p));
-                odd[q] = dot4(odd[q], b, four_digits(queries[q].high + 8 * p + 4));
-            }
-        }
-        const f32x16 step = from_bfloat16(load<u16x16>(high + bytes));
-        for (int q = 0; q < Count; ++q) {
-            const CodedQuery& query = queries[q];
-            const f32x16 dot = to_float16lanes(even[q] + (odd[q] >> kHighShift)) - 7.5f * query.high_sum;
-            const f32x16 estimate = step * (16.0f * query.unit * dot) + query.centre;
-            top[q] = max_of(top[q], estimate);
-            store(estimates + q * stride + block * 16, estimate);
-        }
-    }
+    const size_t bytes = size_t(dim + 7) / 8 * 64 + 64;
+    size_t block = 0;
+    for (; block + 2 <= blocks; block += 2)
+        score_together<Count, 2>(high + block * bytes, dim, queries, estimates + block * 16, stride, top);
+    if (block < blocks)
+        score_together<Count, 1>(high + block * bytes, dim, queries, estimates + block * 16, stride, top);
 }
 
 template <int Count>
@@ -206,7 +227,7 @@ void scan(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries
 // As flash attention keeps its running maximum: a few blocks are scored, then their masses added.
 template <int Count>
 inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* uppers,
-                           size_t stride, float* maxima, double* masses) {
+                           size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride) {
     constexpr size_t kGroup = 8;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     float reference[Count];
@@ -222,7 +243,10 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
         for (int q = 0; q < Count; ++q) {
             const float highest = max_of_lanes(top[q]);
             if (highest > reference[q]) {
-                sum[q] *= exp_of(splat(reference[q] - highest));
+                const f32x16 factor = exp_of(splat(reference[q] - highest));
+                sum[q] *= factor;
+                float* earlier = block_masses + q * mass_stride;
+                for (size_t i = 0; i < first; i += 16) store(earlier + i, load<f32x16>(earlier + i) * factor);
                 reference[q] = highest;
             }
         }
@@ -232,9 +256,10 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
             for (int q = 0; q < Count; ++q) {
                 const CodedQuery& query = queries[q];
                 const f32x16 estimate = load<f32x16>(here + q * stride + block * 16);
-                sum[q] += exp_above(estimate, reference[q]);
-                store(here + q * stride + block * 16,
-                      estimate + (query.slope4 * residual + query.slope4_step * step + query.slack));
+                const f32x16 upper = estimate + (query.slope4 * residual + query.slope4_step * step + query.slack);
+                sum[q] += exp_coarse(estimate, reference[q]);
+                store(here + q * stride + block * 16, upper);
+                block_masses[q * mass_stride + first + block] = sum_of(exp_coarse(upper, reference[q]));
             }
         }
     }
@@ -245,13 +270,12 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
 }
 
 void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
-               size_t stride, float* maxima, double* masses) {
-    switch (count) {
-        case 1: return scan_mass_tile<1>(high, dim, blocks, queries, uppers, stride, maxima, masses);
-        case 2: return scan_mass_tile<2>(high, dim, blocks, queries, uppers, stride, maxima, masses);
-        case 3: return scan_mass_tile<3>(high, dim, blocks, queries, uppers, stride, maxima, masses);
-        default: return scan_mass_tile<4>(high, dim, blocks, queries, uppers, stride, maxima, masses);
-    }
+               size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride) {
+#define HSR_CASE(N) \
+    case N:         \
+        return scan_mass_tile<N>(high, dim, blocks, queries, uppers, stride, maxima, masses, block_masses, mass_stride);
+    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
+#undef HSR_CASE
 }
 
 double sum_exp(const float* x, size_t count, float reference) {
@@ -283,6 +307,34 @@ void exp_into(const float* x, size_t count, float reference, float* out) {
         rest = exp_of(rest - reference);
         __builtin_memcpy(out + i, &rest, (count - i) * 4);
     }
+}
+
+void scale(float* x, size_t count, float factor) {
+    size_t i = 0;
+    for (; i + 16 <= count; i += 16) store(x + i, load<f32x16>(x + i) * factor);
+    for (; i < count; ++i) x[i] *= factor;
+}
+
+double sum_below(const float* x, size_t count, float limit) {
+    f32x16 sum = {};
+    size_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const f32x16 here = load<f32x16>(x + i);
+        sum += here < splat(limit) ? here : f32x16{};
+    }
+    double total = sum_of(sum);
+    for (; i < count; ++i) total += x[i] < limit ? x[i] : 0.0f;
+    return total;
+}
+
+double mass_left(const float* estimates, const float* weights, const float* block_masses, size_t blocks,
+                 float mass_from, float threshold) {
+    f32x16 sum = {};
+    for (size_t i = 0; i < blocks; ++i) {
+        if (block_masses[i] < mass_from) continue;
+        sum += load<f32x16>(estimates + 16 * i) < splat(threshold) ? load<f32x16>(weights + 16 * i) : f32x16{};
+    }
+    return sum_of(sum);
 }
 
 double mass_below(const float* estimates, const float* uppers, const float* weights, const float* upper_weights,
@@ -373,35 +425,59 @@ void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, con
 template <int Count, Sums Wanted>
 inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
                         int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
-                        const Selection* selection, const float* uppers, size_t stride, KeptKeys* kept,
-                        SelectionSums* sums) {
+                        const Selection* selection, const float* uppers, size_t stride, const float* block_masses,
+                        size_t mass_stride, KeptKeys* kept, SelectionSums* sums) {
     constexpr int kMaxGroups = kMaxHeadDim / kValueGroup, kAhead = 3;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     const int groups = (value_dim + kValueGroup - 1) / kValueGroup;
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     size_t count = 0, exact_count[Count] = {};
     int64_t kept_total[Count] = {};
-    f32x16 omitted[Count] = {}, sketched[Count] = {}, weight_band[Count] = {}, weight_var[Count] = {};
+    f32x16 omitted[Count] = {}, left_out[Count] = {}, sketched[Count] = {}, weight_band[Count] = {},
+           weight_var[Count] = {};
     f32x16 offsets[Count][kMaxGroups], steps[Count][kMaxGroups], squares[Count][kMaxGroups];
     for (int q = 0; q < Count; ++q)
         for (int g = 0; g < groups; ++g) offsets[q][g] = steps[q][g] = squares[q][g] = f32x16{};
-    // First pass, without branches: which keys are in doubt, and the mass of the others.
+    // First, without branches: which keys are in doubt, and the mass of the others.
     uint16_t doubts[kSelectBlocks][Count], flagged[kSelectBlocks + kAhead];
     size_t flagged_count = 0;
-    f32x16 threshold[Count];  // hidden keys lie below kLowest and are never in doubt
-    for (int q = 0; q < Count; ++q) threshold[q] = max_of(splat(selection[q].threshold), splat(kLowest));
-    for (size_t block = 0; block < blocks; ++block) {
-        uint32_t any = 0;
+    if (block_masses) {
+        uint64_t all = 0, heavy[Count] = {};
         for (int q = 0; q < Count; ++q) {
-            const f32x16 upper = load<f32x16>(uppers + q * stride + block * 16);
-            const uint32_t doubt = mask_ge(upper, threshold[q]);
-            doubts[block][q] = uint16_t(doubt);
-            any |= doubt;
-            if (Wanted != Sums::none)
-                omitted[q] += keep_lanes(~doubt & 0xffffu, exp_above(upper, selection[q].reference));
+            for (size_t at = 0; at < blocks; at += 16) {
+                const size_t left = blocks - at;
+                const uint32_t valid = left < 16 ? (1u << left) - 1 : 0xffffu;
+                const f32x16 mass = load<f32x16>(block_masses + q * mass_stride + at);
+                const uint32_t reach = mask_not_less(mass, splat(selection[q].mass_from)) & valid;
+                omitted[q] += keep_lanes(valid & ~reach, mass);
+                heavy[q] |= uint64_t(reach) << at;
+            }
+            all |= heavy[q];
         }
-        flagged[flagged_count] = uint16_t(block);
-        flagged_count += any != 0;
+        for (; all; all &= all - 1) {
+            const int block = __builtin_ctzll(all);
+            for (int q = 0; q < Count; ++q) {
+                const bool reach = heavy[q] >> block & 1;
+                doubts[block][q] = reach ? 0xffff : 0;
+            }
+            flagged[flagged_count++] = uint16_t(block);
+        }
+    } else {
+        f32x16 threshold[Count];  // hidden keys lie below kLowest and are never in doubt
+        for (int q = 0; q < Count; ++q) threshold[q] = max_of(splat(selection[q].threshold), splat(kLowest));
+        for (size_t block = 0; block < blocks; ++block) {
+            uint32_t any = 0;
+            for (int q = 0; q < Count; ++q) {
+                const f32x16 upper = load<f32x16>(uppers + q * stride + block * 16);
+                const uint32_t doubt = mask_ge(upper, threshold[q]);
+                doubts[block][q] = uint16_t(doubt);
+                any |= doubt;
+                if (Wanted != Sums::none)
+                    omitted[q] += keep_lanes(~doubt & 0xffffu, exp_above(upper, selection[q].reference));
+            }
+            flagged[flagged_count] = uint16_t(block);
+            flagged_count += any != 0;
+        }
     }
     for (int i = 0; i < kAhead; ++i) flagged[flagged_count + i] = uint16_t(blocks - 1);
     for (size_t f = 0; f < flagged_count; ++f) {
@@ -412,6 +488,9 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
             __builtin_prefetch(high + flagged[f + kAhead] * (bytes + 64) + line);
             __builtin_prefetch(low + flagged[f + kAhead] * (bytes + 32) + line);
         }
+        if (value_parameters)
+            for (int g = 0; g < groups; ++g)
+                __builtin_prefetch(value_parameters + (flagged[f + kAhead] * size_t(groups) + size_t(g)) * 64);
         const f32x16 step = from_bfloat16(load<u16x16>(h + bytes));
         // Only the queries that are in doubt here.
         int active[Count], active_count = 0;
@@ -450,7 +529,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
                 if (Wanted != Sums::none) {
                     // exp(band) - 1 <= growth * band, and a band is finite where a key is coded.
                     const f32x16 error = keep_lanes(coded | left, every * band);
-                    omitted[q] += keep_lanes(left, every + selection[q].growth * error);
+                    left_out[q] += keep_lanes(left, every + selection[q].growth * error);
                     const f32x16 own = keep_lanes(coded, error);
                     weight_band[q] += own;
                     if (Wanted == Sums::all) weight_var[q] += own * own;
@@ -488,6 +567,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
         kept->exact_count[q] = exact_count[q];
         kept->kept[q] = kept_total[q];
         sums->omitted[q] += sum_of(omitted[q]);
+        sums->left[q] += sum_of(left_out[q]);
         sums->sketched[q] += sum_of(sketched[q]);
         sums->weight_band[q] += sum_of(weight_band[q]);
         sums->weight_var[q] += sum_of(weight_var[q]) / dim;
@@ -501,10 +581,11 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
 
 void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
             size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
-            Sums wanted, const float* uppers, size_t stride, KeptKeys* kept, SelectionSums* sums) {
+            Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
+            KeptKeys* kept, SelectionSums* sums) {
 #define HSR_SELECT(N, WANTED)                                                                                          \
     select_tile<N, WANTED>(high, low, value_parameters, dim, value_dim, blocks, first_key, queries, selection, uppers, \
-                           stride, kept, sums)
+                           stride, block_masses, mass_stride, kept, sums)
 #define HSR_CASE(N)                                                   \
     case N:                                                           \
         return wanted == Sums::all      ? HSR_SELECT(N, Sums::all)    \
@@ -517,16 +598,20 @@ void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parame
 
 // ------------------------------------------------------------------ values
 
+constexpr size_t kRowsAhead = 16;  // KeptKeys has as many places to spare
+
 template <int Count>
 inline void accumulate_tile(const uint8_t* rows, int dim, const KeptKeys* kept, float* accumulators) {
     const int groups = (dim + kValueGroup - 1) / kValueGroup;
     const size_t row_bytes = size_t(groups) * 16, capacity = kept->capacity;
+    for (size_t i = 0; i < kRowsAhead; ++i) kept->keys[kept->count + i] = kept->keys[kept->count - 1];
     for (int g = 0; g < groups; ++g, rows += 16) {
         const float* scaled = kept->scaled + size_t(g) * kTile * capacity;
         f32x16 sum[Count][2];
         for (int q = 0; q < Count; ++q)
             for (int h = 0; h < 2; ++h) sum[q][h] = load<f32x16>(accumulators + (size_t(q) * groups + g) * 32 + 16 * h);
         for (size_t i = 0; i < kept->count; ++i) {
+            if (g == 0) __builtin_prefetch(rows + kept->keys[i + kRowsAhead] * row_bytes);
             const i32x16 bytes = widen_bytes(load<u8x16>(rows + kept->keys[i] * row_bytes));
             const f32x16 first = to_float16lanes(bytes & 15), second = to_float16lanes(bytes >> 4);
             for (int q = 0; q < Count; ++q) {
@@ -658,6 +743,9 @@ const Kernels& table() {
                                 scan,
                                 scan_mass,
                                 exp_into,
+                                scale,
+                                sum_below,
+                                mass_left,
                                 mass_below,
                                 sum_exp,
                                 refine,

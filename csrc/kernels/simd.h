@@ -31,6 +31,10 @@ inline f32x16 min_of(f32x16 a, f32x16 b) { return a < b ? a : b; }
 inline f32x16 abs_of(f32x16 a) { return (f32x16)((i32x16)a & 0x7fffffff); }
 inline f32x16 to_float16lanes(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 
+#if defined(__AVX512F__)
+inline float sum_of(f32x16 x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float max_of_lanes(f32x16 x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 inline float sum_of(f32x16 x) {
     float lanes[16];
     store(lanes, x);
@@ -49,6 +53,7 @@ inline float max_of_lanes(f32x16 x) {
         for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
     return lanes[0];
 }
+#endif
 
 inline f32x16 from_bfloat16(u16x16 bits) { return (f32x16)(__builtin_convertvector(bits, u32x16) << 16); }
 // Smallest bfloat16 >= x, for x >= 0 (and +inf).
@@ -245,6 +250,15 @@ inline f32x16 exp_of(f32x16 x) {
 }
 inline f32x16 exp_above(f32x16 x, float reference) { return exp_of(x - reference) * 1.0001f; }
 #endif
+
+// exp(x - reference), from above by at most 6.2 %: 2^n (1 + f) in place of 2^(n + f), made from its bits. Below -87
+// it is 0 or subnormal; x must be <= reference + 80.
+inline f32x16 exp_coarse(f32x16 x, float reference) {
+    // The added 256 units in the last place (2^-15) pay for the roundings: below -87 each of the constant, of the
+    // difference and of the sum is under 64 of them.
+    const f32x16 t = (x - reference) * (1.44269504f * 8388608.0f) + (127.0f * 8388608.0f + 256.0f);
+    return (f32x16) __builtin_convertvector(max_of(t, splat(0.0f)), i32x16);
+}
 
 inline f32x16 load_row(Dtype dtype, const void* row, int at) {
     if (dtype == Dtype::float32) return load<f32x16>((const float*)row + at);

@@ -18,10 +18,12 @@ void ValueSketch::code_range(const RowStore& values, int head, size_t first, siz
     }
 }
 
-void ValueSketch::widen(const float* least, const float* most) {
+void ValueSketch::widen(const float* least, const float* most, const double* sums, size_t count) {
+    appended_ += count;
     for (int i = 0; i < dim_; ++i) {
         least_[size_t(i)] = std::min(least_[size_t(i)], least[i]);
         most_[size_t(i)] = std::max(most_[size_t(i)], most[i]);
+        sum_[size_t(i)] += sums[i];
     }
 }
 

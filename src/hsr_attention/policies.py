@@ -12,7 +12,7 @@ from hsr_attention import arguments
 from hsr_attention.thresholds import ThresholdRule
 
 TAILS = ("sketch", "drop")
-DEFAULT_EPSILON = 0.03
+DEFAULT_EPSILON = 0.04
 MAX_POWER = 16  # of a ratio <= 1: the powers of a row stay inside float64
 
 # Numbers of the native code's `Rule`.
@@ -26,7 +26,7 @@ class SoftmaxPolicy:
     Attributes
     ----------
     epsilon : float in (0, 1), optional
-        Bound of the omitted share of the softmax mass. The default rule, with 0.03.
+        Bound of the omitted share of the softmax mass. The default rule, with 0.04.
     top_r : int >= 1, optional
         The r keys with the largest logits are read at full precision (paper, Theorem 4.2).
     threshold : float, optional

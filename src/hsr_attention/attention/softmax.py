@@ -31,7 +31,7 @@ def softmax_attention(
     """Softmax attention by half-space reporting, as torch's ``scaled_dot_product_attention``.
 
     out = sum_j w_j v_j / sum_j w_j with w_j = exp(scale <q, k_j>) over the keys a rule keeps (paper,
-    Definition 1.1 and Theorem 4.2). Give one rule, or none for ``epsilon=0.03``:
+    Definition 1.1 and Theorem 4.2). Give one rule, or none for ``epsilon=0.04``:
 
     - ``epsilon``: keep enough keys that the omitted share of the mass is at most epsilon;
     - ``top_r``: the r largest logits at full precision;
