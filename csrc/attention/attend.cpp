@@ -578,13 +578,12 @@ private:
             for (int q = 0; q < tile.count; ++q) {
                 part.kept[q] += kept.kept[q];
                 part.exact[q] += int64_t(kept.exact_count[q]);
-                for (size_t i = 0; i < kept.exact_count[q]; ++i) {
-                    const uint32_t key = kept.exact[q][i];
-                    if (collects())
-                        space_->candidates[piece * kTile + size_t(q)].push_back({key, logit(tile, q, key)});
-                    else
-                        add_exact(tile, q, key, logit(tile, q, key), part, accumulators + size_t(q) * width);
-                }
+                if (collects())
+                    for (size_t i = 0; i < kept.exact_count[q]; ++i)
+                        space_->candidates[piece * kTile + size_t(q)].push_back(
+                            {kept.exact[q][i], logit(tile, q, kept.exact[q][i])});
+                else
+                    add_exact(tile, q, kept.exact[q], kept.exact_count[q], part, accumulators + size_t(q) * width);
             }
         }
         for (int q = 0; q < tile.count; ++q) {
@@ -646,31 +645,54 @@ private:
         for (int i = 0; i < groups_ * kValueGroup; ++i) accumulator[i] *= float(factor);
     }
 
+    // Keys read at full precision: those of `keys` that the rule keeps, with their values.
+    void add_exact(const Tile& tile, int q, uint32_t* keys, size_t count, Partial& part, float* accumulator) const {
+        static thread_local std::vector<double> logits;
+        static thread_local std::vector<float> weights;
+        logits.resize(count);
+        weights.resize(count);
+        double top = -double(kInf);
+        for (size_t i = 0; i < count; ++i) top = std::max(top, logits[i] = logit(tile, q, keys[i]));
+        if (relu()) raise_top(part, q, top - tile.threshold[q], accumulator);
+        size_t kept = 0;
+        for (size_t i = 0; i < count; ++i) {
+            const double weight = weight_of(tile, q, logits[i], part);
+            if (!(weight > 0)) continue;
+            keys[kept] = keys[i];
+            weights[kept] = float(weight);
+            part.exact_mass[q] += double(weights[kept++]);
+        }
+        part.kept[q] -= int64_t(count - kept);
+        const RowStore& rows = cache_.values();
+        kernels().accumulate_rows(rows.dtype(), rows.row(0, store_head(tile)), rows.token_bytes(), keys, weights.data(),
+                                  kept, cache_.value_dim(), accumulator);
+    }
     void add_exact(const Tile& tile, int q, size_t key, double logit, Partial& part, float* accumulator) const {
-        double weight;
-        if (relu()) {
-            const double excess = logit - tile.threshold[q];
-            if (!(excess > 0)) {
-                --part.kept[q];
-                return;
-            }
-            // Weights are relative to the largest so far, so that no power of them leaves float32.
-            if (excess > part.relu_top[q]) {
-                rescale(part, q, power_of(part.relu_top[q] / excess), accumulator);
-                part.relu_top[q] = excess;
-            }
-            weight = power_of(excess / part.relu_top[q]);
-        } else {
-            weight = std::exp(logit - tile.reference[q]);
-            if (exact_rule() && settings_.rule == Rule::threshold && logit < tile.threshold[q]) {
-                part.omitted[q] += weight;
-                --part.kept[q];
-                return;
-            }
+        if (relu()) raise_top(part, q, logit - tile.threshold[q], accumulator);
+        const double weight = weight_of(tile, q, logit, part);
+        if (!(weight > 0)) {
+            --part.kept[q];
+            return;
         }
         part.exact_mass[q] += weight;
         kernels().axpy(cache_.dtype(), cache_.values().row(key, store_head(tile)), float(weight), cache_.value_dim(),
                        accumulator);
+    }
+
+    // ReLU: weights are relative to the largest so far, so that no power of them leaves float32.
+    void raise_top(Partial& part, int q, double excess, float* accumulator) const {
+        if (!(excess > part.relu_top[q])) return;
+        rescale(part, q, power_of(part.relu_top[q] / excess), accumulator);
+        part.relu_top[q] = excess;
+    }
+
+    // 0: the rule does not keep the key; what softmax leaves out is counted as omitted.
+    double weight_of(const Tile& tile, int q, double logit, Partial& part) const {
+        if (relu()) return logit > tile.threshold[q] ? power_of((logit - tile.threshold[q]) / part.relu_top[q]) : 0.0;
+        const double weight = std::exp(logit - tile.reference[q]);
+        if (!exact_rule() || settings_.rule != Rule::threshold || logit >= tile.threshold[q]) return weight;
+        part.omitted[q] += weight;
+        return 0.0;
     }
 
     // ---- stage 4: the answer of each query; false asks for another selection

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "threads.h"
@@ -24,6 +25,8 @@ constexpr size_t kTileRows = 192;
 constexpr size_t kFewestRows = 24;  // below, the kernels of decoding do as well
 // Band of an 8-bit logit, in nats, above which weights from codes would leave the range of float32.
 constexpr double kSafeBand = 20.0;
+// What the line 1 + f lies above 2^f on average: the integral of (1 + f) 2^-f over [0, 1].
+constexpr double kLineMean = 1.0407;
 // Float32 sums of masses, and the rounding of the line itself.
 constexpr double kSumExcess = 1.0001;
 // The part of epsilon that guessed thresholds aim at, and that they never exceed.
@@ -57,6 +60,7 @@ struct Row {
     double fixed_band;                // band from the rounding of the query
     double reference, mass, omitted;  // of the keys that are kept, and a bound of the others
     double sure;                      // a lower bound of the mass that is kept
+    double stand_in;                  // mass given to the mean values of panels in place of what was left out there
     double doubtful, spread2;         // by how much weights from estimates may be off, and a sum for the estimate
     float curve[kCurve];              // mass of sampled keys below 2^(curve_top - j)
     float curve_top;                  // -inf: nothing is known, and everything is kept
@@ -68,7 +72,8 @@ struct Row {
 
 struct Workspace {
     std::vector<uint8_t> codes;
-    std::vector<float> steps, logits, vectors, accumulators, kept, dots;
+    std::vector<float> steps, logits, vectors, accumulators, stand_ins, mean_value, even_weights, kept, dots;
+    std::vector<uint32_t> every_position;
     std::vector<uint32_t> exact_positions, exact_places;
     std::vector<double> excesses;
     // What each of the rows at once keeps of a panel, for the sums over the values.
@@ -90,7 +95,11 @@ struct Workspace {
         panel.steps = steps.data();
         logits.resize(kRowsAtOnce * kPanelKeys);
         vectors.resize(kTileRows * size_t(padded16(dim)));
-        accumulators.resize(kTileRows * size_t(padded16(value_dim)));
+        for (auto* sums : {&accumulators, &stand_ins}) sums->resize(kTileRows * size_t(padded16(value_dim)));
+        mean_value.resize(size_t(padded16(value_dim)));
+        even_weights.assign(kPanelKeys, 1.0f / float(kPanelKeys));
+        every_position.resize(kPanelKeys);
+        std::iota(every_position.begin(), every_position.end(), 0u);
         for (auto* list : {&kept, &dots}) list->resize(kListRoom);
         for (auto* list : {&exact_positions, &exact_places}) list->resize(kListRoom);
         position_lists.resize(kRowsAtOnce * kListRoom);
@@ -144,6 +153,9 @@ public:
     }
 
 private:
+    // Left out keys are not only bounded: the mean value of their panel stands in for them, where the row sees all of
+    // it.
+    bool stands_in() const { return settings_.sketch_tail && !relu(); }
     bool relu() const { return settings_.rule == Rule::relu; }
     // Selection by full-precision logits against a given threshold.
     bool exact_rule() const { return relu() || (settings_.rule == Rule::threshold && !settings_.sketch_tail); }
@@ -173,6 +185,10 @@ private:
     float* accumulator(Workspace& space, size_t i) const {
         return space.accumulators.data() + i * size_t(padded16(value_dim_));
     }
+    // Mean values in place of what was left out, kept apart: the certificate asks how far they are from the answer.
+    float* stand_in(Workspace& space, size_t i) const {
+        return space.stand_ins.data() + i * size_t(padded16(value_dim_));
+    }
     float* vector(Workspace& space, size_t i) const { return space.vectors.data() + i * size_t(padded16(dim_)); }
 
     // ---- a query made ready, and its own block at full precision
@@ -193,6 +209,7 @@ private:
         row.reference = -double(kInf);
         row.curve_top = -kInf;
         std::fill_n(accumulator(space, i), padded16(value_dim_), 0.0f);
+        std::fill_n(stand_in(space, i), padded16(value_dim_), 0.0f);
         float* q = vector(space, i);
         std::fill_n(q, padded16(dim_), 0.0f);
         queries_.queries.read(b, row.head, row.query, q);
@@ -265,11 +282,11 @@ private:
     }
     void rescale(Workspace& space, size_t i, double factor) {
         Row& row = space.rows[i];
-        for (double* sum : {&row.mass, &row.sure, &row.omitted, &row.doubtful}) *sum *= factor;
+        for (double* sum : {&row.mass, &row.sure, &row.omitted, &row.stand_in, &row.doubtful}) *sum *= factor;
         row.spread2 *= factor * factor;
         for (float& mass : row.curve) mass *= float(factor);
-        float* sum = accumulator(space, i);
-        for (int j = 0; j < padded16(value_dim_); ++j) sum[j] *= float(factor);
+        for (float* sum : {accumulator(space, i), stand_in(space, i)})
+            for (int j = 0; j < padded16(value_dim_); ++j) sum[j] *= float(factor);
     }
 
     // out[k] = full-precision logit of keys[k]; `out` has room for a multiple of 4.
@@ -388,6 +405,13 @@ private:
                 blocks = std::max(blocks, std::min(space.rows[i].blocks - first, kPanelBlocks));
         kernels().unpack_panel(sketch.high(first), sketch.low(first), dim_, blocks, 0, &space.panel);
         fetch_rows(first * kBlock, blocks * kBlock, head);
+        if (stands_in() && blocks == kPanelBlocks) {
+            const RowStore& values = cache_.values();
+            std::fill(space.mean_value.begin(), space.mean_value.end(), 0.0f);
+            kernels().accumulate_rows(values.dtype(), values.row(first * kBlock, head), values.token_bytes(),
+                                      space.every_position.data(), space.even_weights.data(), kPanelKeys, value_dim_,
+                                      space.mean_value.data());
+        }
         int64_t scored = 0, skipped = 0;
         for (size_t at = 0; at < count; at += kRowsAtOnce) {
             const size_t here = std::min<size_t>(kRowsAtOnce, count - at);
@@ -525,6 +549,11 @@ private:
                 tries < 3 && room > 0 ? threshold - 1.0 - quick_log2(double(omitted) * factor / room) : -double(kInf);
         }
         row.omitted += double(omitted) * factor;
+        if (stands_in() && count == kPanelKeys && !row.mask) {
+            const double mass = double(omitted) / kLineMean;
+            row.stand_in += mass;
+            kernels().axpy(Dtype::float32, space.mean_value.data(), float(mass), value_dim_, stand_in(space, i));
+        }
         if (found) add(space, i, head, found, off, remaining);
         return int64_t(skipped) * 64;
     }
@@ -598,8 +627,9 @@ private:
             result_.omitted_mass[row.place] = defined ? 0.0f : 1.0f;
             return;
         }
-        const double over = 1.0 / mass;
-        for (int j = 0; j < value_dim_; ++j) out[j] = float(sum[j] * over);
+        const double over = 1.0 / (mass + row.stand_in);
+        const float* stands = stand_in(space, i);
+        for (int j = 0; j < value_dim_; ++j) out[j] = float((double(sum[j]) + stands[j]) * over);
         result_.lse[row.place] = float(relu() ? std::log(mass) + settings_.power * std::log(row.top)
                                               : std::log(mass) + row.reference / kLog2e);
         if (!settings_.certify) {
@@ -607,7 +637,7 @@ private:
                 std::nanf("");
             return;
         }
-        certify(row, head, mass, out);
+        certify(row, head, mass, stands, out);
     }
 
     static float up(double x) { return std::nextafter(float(x), kInf); }
@@ -622,9 +652,11 @@ private:
         return up(worst);
     }
 
-    // DESIGN.md, "The certificate", with values at full precision (A = 0). Coordinates enter by their reach alone, and
-    // the bound grows with it: the largest reach decides.
-    void certify(const Row& row, int head, double mass, const float* out) {
+    // DESIGN.md, "Prompts": with stand-ins c of mass C, Z' = mass + C,
+    //   Z' (out - exact) = sum of (estimated - true weight) (v - exact) - sum over omitted of w (v - exact) + c - C
+    //   exact,
+    // and |v - exact| <= reach + |out - exact| in each coordinate.
+    void certify(const Row& row, int head, double mass, const float* stands, const float* out) {
         // Keys whose weight underflowed (below 2^-126 of the reference) count that much each.
         const double omitted = relu() ? 0.0 : row.omitted * kSumExcess + double(row.seen) * 1.7e-38;
         // Of a weight taken from a full-precision logit: its float32 rounding. ReLU: a float64 excess is off by at
@@ -635,24 +667,27 @@ private:
             relu()
                 ? double(row.candidates) * std::expm1(settings_.power * std::log1p(slack / row.top)) + mass * 2 * kUnit
                 : mass * std::expm1(2 * row.float_slack / kLog2e + 2e-6);
-        const double wrong = (omitted + row.doubtful + exact_error) / mass;
+        const double all = mass + row.stand_in;
+        const double wrong = (omitted + row.doubtful + exact_error) / all, share = row.stand_in / all;
         const ValueSketch& values = cache_.value_sketch(head);
-        double reach = 0, spread = 0, largest = 0;
+        double bound = 0, spread = 0, largest = 0;
         for (int j = 0; j < value_dim_; ++j) {
             const double most = values.most()[size_t(j)], least = values.least()[size_t(j)];
-            reach = std::max({reach, most - out[j], double(out[j]) - least});
+            const double reach = std::max(most - out[j], double(out[j]) - least);
+            const double apart = std::fabs(stands[j] - row.stand_in * out[j]) / all;
+            const double rest = 1 - wrong - share;
+            bound = std::max(bound, rest > 0 ? std::min((wrong * reach + apart) / rest, reach) : reach);
             spread = std::max(spread, (most - least) / 8.0);
             largest = std::max({largest, std::fabs(most), std::fabs(least)});
         }
-        const double bound = wrong < 1 ? std::min(wrong * reach / (1 - wrong), reach) : reach;
         // Float32 sums, panel by panel: chains of at most a panel's keys and one term a panel.
         const double chain =
-            double(std::min<int64_t>(row.kept, int64_t(kPanelKeys))) + double(row.blocks / kPanelBlocks) + 32.0;
+            double(std::min<int64_t>(row.kept, int64_t(kPanelKeys))) + 2 * double(row.blocks / kPanelBlocks) + 64.0;
         result_.error_bound[row.place] = up(bound + kUnit * chain * largest);
         result_.omitted_mass[row.place] = omitted > 0 ? std::min(1.0f, up(omitted / (row.surely() + omitted))) : 0.0f;
         result_.estimated_error[row.place] =
-            float(std::sqrt(row.spread2 / dim_ * 2.0 * std::log(2.0 * value_dim_)) * spread / mass +
-                  omitted / mass * spread + kUnit * 16 * largest);
+            float(std::sqrt(row.spread2 / dim_ * 2.0 * std::log(2.0 * value_dim_)) * spread / all +
+                  omitted / all * spread + kUnit * 16 * largest);
     }
 
     const LayerCache& cache_;

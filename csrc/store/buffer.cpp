@@ -92,20 +92,17 @@ void Buffer::reserve(size_t bytes) {
     }
     mapped_ = map_it;
     capacity_ = wanted;
-    prefer_large_pages(bytes);
+    prefer_large_pages();
 }
 
-// Rows are read far apart, and a walk through the page tables for each costs as much as the read. Only whole large
-// pages inside what is about to be written: nothing becomes resident that would not have been.
-void Buffer::prefer_large_pages(size_t bytes) {
+// Rows are read far apart, and a walk through the page tables for each costs as much as the read. The whole mapping or
+// nothing, since mremap moves only what the system holds as one piece; and only where at most a large page more than
+// was written, at the end, is little beside the rest.
+void Buffer::prefer_large_pages() {
 #if defined(MADV_HUGEPAGE)
-    if (!mapped_ || in_file()) return;
-    constexpr uintptr_t large = uintptr_t(2) << 20;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(base_) + large - 1) / large * large,
-                    last = (reinterpret_cast<uintptr_t>(base_) + bytes) / large * large;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
-#else
-    (void)bytes;
+    constexpr size_t kLargePages = size_t(16) << 20;
+    if (mapped_ && !in_file() && capacity_ >= kLargePages)
+        madvise(base_, capacity_, MADV_HUGEPAGE);  // a wish: may fail
 #endif
 }
 

@@ -50,7 +50,7 @@ public:
 
 private:
     void take_blocks(size_t bytes);
-    void prefer_large_pages(size_t bytes);
+    void prefer_large_pages();
     void swap(Buffer& other) {
         std::swap(base_, other.base_);
         std::swap(capacity_, other.capacity_);
