@@ -155,6 +155,13 @@ def test_a_broken_part_is_measured_again(tmp_path):
     assert bench.part("a/b: 1", lambda: 7) == 7
 
 
+def test_models_of_one_name_are_told_apart(tmp_path):
+    for second, expected in (("/b/m", ["m 1", "m 2"]), ("/b/other/", ["m", "other"])):
+        settings = workbench.Settings(True, "/a/m", second, "t", "", [300], 16)
+        bench = workbench.Workbench(tmp_path, settings, "")
+        assert [bench.label(model) for model in bench.models] == expected
+
+
 # ---- refused at the start
 
 

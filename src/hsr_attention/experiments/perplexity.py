@@ -85,6 +85,7 @@ def _panel(quick: bool, bench: Workbench, name: str, length: int) -> dict[str, A
     mass = bench.part(f"{run.label}, mass in the top r", run.mass)
     return {
         "model": name,
+        "label": bench.label(name),
         "length": length,
         "prefix": run.prefix,
         "yarn": bench.is_extended(length, name),
@@ -99,7 +100,7 @@ class _Scoring:
 
     def __init__(self, bench: Workbench, name: str, length: int) -> None:
         self.bench, self.name, self.length = bench, name, length
-        self.label = f"{name.rsplit('/', 1)[-1]}, {length} tokens"
+        self.label = f"{bench.label(name)}, {length} tokens"
         self.prefix = length - bench.settings.scored
         self.forced = bench.ids(length, name)[0, self.prefix :].tolist()
         self._cache: Any = None
@@ -198,7 +199,7 @@ def plot(data: dict[str, Any]) -> dict[str, Any]:
     """Draw perplexity against r for each model and length, and what explains the knee."""
     made = {}
     for p in data["panels"]:
-        name = f"{p['model'].rsplit('/', 1)[-1]}-{p['length']}"
+        name = f"{p['label'].replace(' ', '-')}-{p['length']}"
         made[f"figure-3-{name}"] = _perplexities(p, close=False)
         made[f"figure-3-{name}-close"] = _perplexities(p, close=True)
         made[f"mass-{name}"] = _knee(p)
@@ -206,9 +207,7 @@ def plot(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _title(p: dict[str, Any]) -> str:
-    return f"{p['model'].rsplit('/', 1)[-1]}, {p['length']:,} tokens" + (
-        " (YaRN)" if p["yarn"] else ""
-    )
+    return f"{p['label']}, {p['length']:,} tokens" + (" (YaRN)" if p["yarn"] else "")
 
 
 def _points(p: dict[str, Any], curve: str) -> list[dict[str, Any]]:

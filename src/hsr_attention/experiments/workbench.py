@@ -145,6 +145,12 @@ class Workbench:
         """The model, and the second one if there is one."""
         return [m for m in (self.settings.model, self.settings.second_model) if m is not None]
 
+    def label(self, model: str) -> str:
+        """Return a short name of a model that no other model of this run has."""
+        short = Path(model).name
+        same = [m for m in self.models if Path(m).name == short]
+        return short if len(same) < 2 else f"{short} {1 + same.index(model)}"
+
     def tokenizer(self, model: str | None = None) -> Any:
         """Return the tokenizer of a model."""
         name = model or self.settings.model
