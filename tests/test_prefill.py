@@ -1,7 +1,8 @@
 """Prompts: many queries at once (paper, Algorithm 3), against float64, at every instruction-set level.
 
-Rows of one call share tiles and panels, and the queries of a tile see different prefixes; so cases here
-have hundreds of queries, and lengths around the boundaries of blocks (16), words (64), samples and panels (512).
+Rows of one call share tiles and panels, and the queries of a tile see different prefixes; so cases
+here have hundreds of queries, and lengths around the boundaries of blocks (16), words (64)
+and panels (512).
 """
 
 import numpy as np

@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import hsr_attention as hsr  # noqa: E402
+import hsr_attention.integrations.transformers  # noqa: E402  (makes "hsr" known)
 from hsr_attention.integrations import answering  # noqa: E402
 from hsr_attention.integrations.layer import HSRLayer  # noqa: E402
 

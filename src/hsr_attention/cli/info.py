@@ -75,11 +75,11 @@ def _model(name: str, words: list[str] | None, dtype: str, json: bool) -> None:
         console.print_json(facts | {"layers": [asdict(layer) for layer in layers]})
         return
     rows = [_row(list(group)) for _, group in groupby(layers, _what)]
-    columns = ["layers", "path", "heads", "head_dim", "rows", "codes", "why"]
+    columns = ["layers", "decoding", "prompt", "heads", "head_dim", "rows", "codes", "why"]
     title = f"{source.name} ({facts['model_type']}), {dtype}, {facts['isa']} kernels\n{policy}"
     console.print_table(title, columns, rows)
     console.out().print(
-        "rows, codes: bytes a token and layer. Prompts are read densely under a softmax policy."
+        "rows, codes: bytes a token and layer."
     )
 
 
@@ -93,4 +93,4 @@ def _row(group: list[LayerPath]) -> list[str]:
     heads = f"{first.heads}/{first.kv_heads}" if first.heads else console.NONE
     sizes = (first.head_dim, first.row_bytes, first.code_bytes)
     cells = [console.NONE if size is None else f"{size:g}" for size in sizes]
-    return [numbers, first.path, heads, *cells, first.why]
+    return [numbers, first.path, first.prompt, heads, *cells, first.why]

@@ -33,6 +33,13 @@ def reports_prompts(policy: Policy) -> bool:
     return isinstance(policy, ReLUPolicy) or policy.top_r is None
 
 
+def prompt_path(policy: Policy) -> str:
+    """Say in words which way prompts go."""
+    if isinstance(policy, ReLUPolicy):
+        return "sparse"
+    return f"sparse from {PROMPT_KEYS:,} keys on" if reports_prompts(policy) else "dense (top_r)"
+
+
 def _dense_is_better(policy: Policy, m: int, rows: int, n: int) -> bool:
     """Say whether m new positions over n keys are answered densely; ``rows`` a key head."""
     if m == 1:
@@ -65,7 +72,8 @@ def attend_cached(
             )
         return _sparse(layer, query, scaling, mask, tokens)
     rows = m * query.shape[1] // layer.rows.kv_heads
-    if not sees_newer and not _dense_is_better(layer.policy, m, rows, n):
+    trains = m > 1 and query.requires_grad and torch.is_grad_enabled()  # only dense has a gradient
+    if not (sees_newer or trains or _dense_is_better(layer.policy, m, rows, n)):
         return _sparse(layer, query, scaling, mask, tokens, record=rows < PROMPT_ROWS)
     keys, values = fresh or (rows[:, :, :n] for rows in layer.tensors())
     return dense_attention(query, keys, values, mask, scaling, causal)

@@ -1,4 +1,4 @@
-"""The attention function "hsr" of transformers: dense prompts, sparse decoding."""
+"""The attention function "hsr" of transformers: what it takes, what it refuses, and where the keys are."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ class HSRCache(Cache):
     config : PreTrainedConfig
         ``model.config``.
     policy : SoftmaxPolicy or ReLUPolicy, optional
-        ``SoftmaxPolicy()`` by default. Under a ``SoftmaxPolicy`` prompts are read densely and
-        exactly, and decoding is sparse; under a ``ReLUPolicy`` every position is exact ReLU
-        attention.
+        ``SoftmaxPolicy()`` by default. Under a ``SoftmaxPolicy`` prompts of 1,024
+        keys or more and every new token are answered by the policy, shorter prompts densely; under a
+        ``ReLUPolicy`` every position is exact ReLU attention.
     collect : bool
         Keep the certificate of every decoding step for ``statistics()``. Off, none is computed.
     storage : "memory" or "disk"

@@ -90,7 +90,7 @@ class LayerStatistics:
     layer : int
         Index of the layer in the model.
     density, omitted_mass, error_bound, estimated_error
-        As in ``Certificate``. Prefill is dense and not recorded.
+        As in ``Certificate``. Prompts are not recorded.
     value_max : float
         Largest absolute value cached: ``error_bound / value_max`` is the relative bound.
     work : dict

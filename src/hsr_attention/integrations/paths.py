@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hsr_attention.arguments import MAX_HEAD_DIM
+from hsr_attention.integrations.answering import prompt_path
 from hsr_attention.integrations.layer import DenseSlidingLayer, HSRLayer
 from hsr_attention.integrations.transformers import HSRCache, enable
 from hsr_attention.kv_cache import KVCache
@@ -25,7 +26,9 @@ class LayerPath:
     ----------
     layer : int
     path : "sparse decode", "dense" or "refused"
-        Prompts are dense under a ``SoftmaxPolicy`` whatever the path.
+        Of a new token.
+    prompt : str
+        Of a prompt, in words.
     why : str
     heads, kv_heads, head_dim : int, optional
         Of the config; None where it does not say.
@@ -36,6 +39,7 @@ class LayerPath:
 
     layer: int
     path: str
+    prompt: str
     why: str
     heads: int | None
     kv_heads: int | None
@@ -56,19 +60,19 @@ def layer_paths(model: PreTrainedModel, policy: Policy, dtype: torch.dtype) -> l
     except ValueError as error:
         layers, refused = [None] * count, str(error)
     if refused:
-        return [LayerPath(i, REFUSED, refused, *shape) for i in range(len(layers))]
+        return [LayerPath(i, REFUSED, REFUSED, refused, *shape) for i in range(len(layers))]
     bytes_of_token = _bytes(policy, shape, dtype)
     found = []
     for i, layer in enumerate(layers):
         if isinstance(layer, HSRLayer):
             why = "full attention: keys are chosen by half-space reporting"
-            found.append(LayerPath(i, SPARSE, why, *shape, *bytes_of_token))
+            found.append(LayerPath(i, SPARSE, prompt_path(policy), why, *shape, *bytes_of_token))
         elif isinstance(layer, DenseSlidingLayer):
             why = f"a window of {layer.sliding_window} keys: few enough to read all"
-            found.append(LayerPath(i, DENSE, why, *shape))
+            found.append(LayerPath(i, DENSE, DENSE, why, *shape))
         else:
             why = f"{type(layer).__name__} holds no keys to choose from"
-            found.append(LayerPath(i, DENSE, why, None, None, None))
+            found.append(LayerPath(i, DENSE, DENSE, why, None, None, None))
     return found
 
 
