@@ -651,7 +651,7 @@ def test_bench_prefill_of_a_model(run, model, prompt, tmp_path):
         assert row["code_bytes"] > 0
         assert row["divergence_nats"] == pytest.approx(0, abs=1e-2)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "first token" in ok(run("bench", "prefill", *arguments))
+    assert "time to first token" in ok(run("bench", "prefill", *arguments))
 
 
 @needs_torch

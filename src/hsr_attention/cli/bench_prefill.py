@@ -231,8 +231,8 @@ def _peak(row: dict[str, Any]) -> str:
 
 
 def _print_model(title: str, result: dict[str, Any]) -> None:
-    columns = ["n", "first token: hsr", "dense (sdpa)", "speed-up", "peak above the model: hsr"]
-    columns += ["dense", "codes", "besides dense and codes", "same token", "divergence"]
+    columns = ["n", "hsr", "dense", "speed-up", "memory: hsr", "dense", "codes"]
+    columns += ["besides dense and codes", "same token", "divergence"]
     rows = [
         [
             f"{row['n']:,}",
@@ -246,8 +246,9 @@ def _print_model(title: str, result: dict[str, Any]) -> None:
             if row["working_bytes"] is None
             else f"{row['working_bytes'] / 1e6:+,.0f} MB",
             "yes" if row["same_first_token"] else "no",
-            f"{row['divergence_nats']:.1e} nats",
+            console.number(row["divergence_nats"], 2, " nats"),
         ]
         for row in result["prompts"]
     ]
-    console.print_table(f"{title}\n{result['policy']}", columns, rows)
+    what = "time to first token, and peak memory above the model; dense is sdpa"
+    console.print_table(f"{title}: {what}\n{result['policy']}", columns, rows)

@@ -212,6 +212,8 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         column.loglog(n, line, "k:", label=f"theory: n^{theory(d):.2f}")
         column.set_title(f"d = {d}, {members[-1]['index'].replace('_', ' ')}", fontsize=10)
         column.set_xlabel("tokens of the prompt")
+        column.minorticks_off()
+        column.set_xticks(n, [f"{x:,.0f}" for x in n], rotation=40, fontsize=8)
         column.grid(alpha=0.3, which="both")
         column.legend(fontsize="small")
     axes[0][0].set_ylabel("seconds, one head")
