@@ -316,12 +316,12 @@ class KVCache:
         if callable(rule):
             key_rms = self._layer.key_rms()
             group = shape[1] // self._layer.kv_heads
-            n_seen = _keys_seen(n, shape[2], visible, mask)
+            n_seen = keys_seen(n, shape[2], visible, mask)
             rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), n_seen, scale)
         return arguments.attention_thresholds(rule, shape)
 
 
-def _keys_seen(
+def keys_seen(
     n: int, m: int, visible: NDArray[np.int64] | None, mask: NDArray[np.uint8] | None
 ) -> NDArray[np.int64]:
     """Return how many of n keys each of m queries may see, [batch or 1, 1, m]."""

@@ -17,6 +17,7 @@ from hsr_attention import arguments
 from hsr_attention.attention.certificate import Certificate
 from hsr_attention.indexes.base import HalfspaceIndex
 from hsr_attention.indexes.choose import halfspace_index
+from hsr_attention.kv_cache import keys_seen
 from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
 from hsr_attention.report import Report
 
@@ -107,7 +108,9 @@ def attend_over(
     kv_heads, n = keys.shape[1:3]
     _agree(queries, keys, values)
     group, scale = heads // kv_heads, arguments.scale(scale, dim)
-    limits = _limits(policy, queries, keys, scale)
+    visible = np.minimum(np.arange(1, m + 1), n) if is_causal else np.full(m, n)
+    seen = None if mask is None else arguments.key_mask(mask, batch, m, n)
+    limits = _limits(policy, queries, keys, scale, keys_seen(n, m, visible, seen))
     seen = None if mask is None else _spread_mask(mask, batch, m, n)
     last = np.minimum(np.arange(1, m + 1), n) if is_causal else np.full(m, n)
     out = np.zeros((batch, heads, m, values.shape[3]), np.float32)
@@ -327,7 +330,11 @@ def _agree(
 
 
 def _limits(
-    policy: Policy, queries: arguments.FloatArray, keys: arguments.FloatArray, scale: float
+    policy: Policy,
+    queries: arguments.FloatArray,
+    keys: arguments.FloatArray,
+    scale: float,
+    seen: NDArray[np.int64],
 ) -> Floats | None:
     rule, shape = policy.threshold, queries.shape[:3]
     if rule is None:
@@ -335,7 +342,7 @@ def _limits(
     if callable(rule):
         squares = np.square(keys.to_float32().astype(np.float64)).mean(axis=(2, 3))
         rms = np.repeat(np.sqrt(squares), shape[1] // keys.shape[1], axis=1)
-        rule = rule(queries.to_float32(), rms, keys.shape[2], scale)
+        rule = rule(queries.to_float32(), rms, seen, scale)
     return arguments.attention_thresholds(rule, shape).reshape(shape)
 
 

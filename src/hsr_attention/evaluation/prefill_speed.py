@@ -72,8 +72,10 @@ def limits(heads: Heads, policy: Policy) -> Any:
         return None
     cache = KVCache(policy)
     cache.append(heads.k, heads.v)
-    found = cache._thresholds(arguments.heads("q", heads.q), heads.scale, len(cache))
-    return found.reshape(heads.q.shape[1:3])
+    n = len(cache)
+    visible = np.arange(1, n + 1)
+    found = cache._thresholds(arguments.heads("q", heads.q), heads.scale, visible, None, n)
+    return found.reshape(heads.q.shape[1:3])  # type: ignore[union-attr]
 
 
 def dense_paths(heads: Heads, policy: Policy, b: Any = None) -> dict[str, Callable[[], Any]]:
@@ -233,7 +235,9 @@ def measure(
             "append": lambda: _append(heads, policy),
             **kept,
             "scores": lambda: _score(heads),
-            "int8": lambda: [torch._int_mm(product, product) for _ in range(INTEGER_PRODUCTS)],
+            "int8": lambda: [
+                torch.ops.aten._int_mm(product, product) for _ in range(INTEGER_PRODUCTS)
+            ],
         }
         seconds = median_seconds(calls, rounds, lambda: on_step("time"))
     dense = {name: seconds.get(name, first[name]) for name in paths}

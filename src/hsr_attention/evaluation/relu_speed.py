@@ -42,7 +42,8 @@ def measure(
         cache.append(k[:, :, first : first + 16384], v[:, :, first : first + 16384])
     # The thresholds of the rule, once for each query: dense attention is not to pay for them.
     key_rms = (k.double() ** 2).mean(dim=(2, 3)).sqrt().repeat_interleave(heads // kv_heads, dim=1)
-    thresholds = [rule(q.float().numpy(), key_rms.numpy(), n, scale) for q in queries]
+    seen = np.array([[[n]]])
+    thresholds = [rule(q.float().numpy(), key_rms.numpy(), seen, scale) for q in queries]
     shape = (1, kv_heads, heads // kv_heads, head_dim)
 
     def dense(q: Any, b: Any, k: Any = k, v: Any = v) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hsr_attention.attention.sparse_rows import relu_rows
+from hsr_attention.attention.relu import relu_attention
 from hsr_attention.experiments import figures
 from hsr_attention.experiments.growth import exponent, table
 from hsr_attention.experiments.workbench import Workbench
@@ -157,8 +157,8 @@ def _sparse(
     index = kind(keys)
 
     def report(i: int, j: int) -> Any:
-        found = index.report(queries[i:j], b[i:j] / scale)
-        return relu_rows(found, values, threshold=b[i:j], scale=scale)
+        head = (queries[None, None, i:j], keys[None, None], values[None, None])
+        return relu_attention(*head, threshold=b[i:j], scale=scale, index=index)[0, 0]
 
     def counted() -> dict[str, Any]:
         found = index.report(queries, b / scale)

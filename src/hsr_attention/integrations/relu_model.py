@@ -149,10 +149,9 @@ def dense_relu_attention(
         The gradient of a row whose weights sum to t is multiplied by min(t / gradient_floor, 1).
     """
     if query.dtype in (torch.bfloat16, torch.float16):
-        wide = (x.float() for x in (query, key, value))
-        return dense_relu_attention(*wide, sigma, power, scale, mask, gradient_floor).to(
-            query.dtype
-        )
+        q, k, v = (x.float() for x in (query, key, value))
+        out = dense_relu_attention(q, k, v, sigma, power, scale, mask, gradient_floor)
+        return out.to(query.dtype)
     batch, heads, m, dim = query.shape
     kv_heads, n = key.shape[1:3]
     factor = 1 / math.sqrt(dim) if scale is None else scale
