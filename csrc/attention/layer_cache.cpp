@@ -56,8 +56,6 @@ constexpr size_t kPieceKeys = 512;  // coded by one task: its rows stay in the s
 struct LayerCache::Piece {
     double norm = 0, squares = 0;
     std::vector<float> least, most;
-    std::vector<double> sums;
-    size_t count = 0;
 };
 
 // Two passes over (head, piece of the tokens): norms and ranges of the new ones, then the codes of all blocks that
@@ -78,8 +76,7 @@ void LayerCache::code_from(size_t first) {
         const size_t head = task / pieces;
         key_norms_[head] = std::max(key_norms_[head], measured[task].norm);
         key_squares_[head] += measured[task].squares;
-        value_sketches_[head].widen(measured[task].least.data(), measured[task].most.data(), measured[task].sums.data(),
-                                    measured[task].count);
+        value_sketches_[head].widen(measured[task].least.data(), measured[task].most.data());
     }
     parallel_for(heads, threads, [&](size_t head) {
         if (key_sketches_[head].wants_centre(size())) key_sketches_[head].set_centre(keys_, int(head));
@@ -105,16 +102,17 @@ void LayerCache::code_from(size_t first) {
                               task.last * kBlock);
     });
     for (size_t i = 0; i < tasks.size(); ++i) key_sketches_[tasks[i].head].coded_until(tasks[i].last, &ranges[i], 1);
-    for (auto& sketch : value_sketches_)
-        if (sketch_values_) sketch.coded_until(coded());
+    if (!sketch_values_) return;
+    parallel_for(heads, threads, [&](size_t head) {
+        value_sketches_[head].coded_until(coded());
+        value_sketches_[head].sum_groups(values_, int(head));
+    });
 }
 
 void LayerCache::measure(int head, size_t first, size_t last, Piece& piece) const {
     float row[kMaxHeadDim];
     piece.least.assign(size_t(value_dim()), std::numeric_limits<float>::infinity());
     piece.most.assign(size_t(value_dim()), -std::numeric_limits<float>::infinity());
-    piece.sums.assign(size_t(value_dim()), 0.0);
-    piece.count = last - first;
     for (size_t t = first; t < last; ++t) {
         const uint8_t* key = keys_.row(t, head);
         kernels().to_float(dtype(), key, row, size_t(key_dim()));
@@ -125,7 +123,6 @@ void LayerCache::measure(int head, size_t first, size_t last, Piece& piece) cons
         for (int i = 0; i < value_dim(); ++i) {
             piece.least[size_t(i)] = std::min(piece.least[size_t(i)], row[i]);
             piece.most[size_t(i)] = std::max(piece.most[size_t(i)], row[i]);
-            piece.sums[size_t(i)] += row[i];
         }
     }
 }

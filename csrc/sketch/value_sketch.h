@@ -15,7 +15,6 @@ public:
     explicit ValueSketch(int dim)
         : least_(size_t(dim), std::numeric_limits<float>::infinity()),
           most_(size_t(dim), -std::numeric_limits<float>::infinity()),
-          sum_(size_t(dim), 0.0),
           dim_(dim) {}
 
     size_t coded() const { return coded_; }
@@ -26,22 +25,25 @@ public:
     const std::vector<float>& least() const { return least_; }
     const std::vector<float>& most() const { return most_; }
 
-    // Mean of every value ever appended, to stand for values that are left out.
-    double mean(int i) const { return appended_ ? sum_[size_t(i)] / double(appended_) : 0.0; }
+    // Mean of the coded values a query may see (keys [0, visible), nonzero in `mask` if there is one), over groups of
+    // kMeanGroup keys that it sees completely, to stand for values that are left out; false when there are none.
+    static constexpr size_t kMeanGroup = 1024;
+    bool mean(size_t visible, const uint8_t* mask, double* mean) const;
+    // Sum the groups that are coded completely now.
+    void sum_groups(const RowStore& values, int head);
 
     // Make room for `keys` (a multiple of 16); code_range may then run for parts of them at once, and `coded_until`
     // ends it.
     void reserve(size_t keys);
     void code_range(const RowStore& values, int head, size_t first, size_t last);
     void coded_until(size_t keys) { coded_ = keys; }
-    void widen(const float* least, const float* most, const double* sums, size_t count);
-    void crop(size_t keys) { coded_ = keys < coded_ ? keys / kBlock * kBlock : coded_; }
+    void widen(const float* least, const float* most);
+    void crop(size_t keys);
 
 private:
     std::vector<float> least_, most_;
-    std::vector<double> sum_;
     int dim_;
-    size_t appended_ = 0;
+    std::vector<double> group_sums_, sums_until_;  // [complete groups][dim]: of each, and of all up to it
     size_t coded_ = 0;
     Buffer rows_, parameters_;
 };
