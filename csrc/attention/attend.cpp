@@ -449,7 +449,9 @@ private:
     // sample of the keys. `finish` measures what was omitted and asks again if it was too much.
     float tail_threshold(Tile& tile, int q) {
         if (tile.blocks == 0) return -kInf;
-        const size_t step = std::max<size_t>(1, tile.blocks / kSampleBlocks);
+        // With block masses only the keys left out after refinement are guessed from the sample.
+        const size_t wanted = tile.by_block ? kSampleBlocks : 4 * kSampleBlocks;
+        const size_t step = std::max<size_t>(1, tile.blocks / wanted);
         const size_t blocks = (tile.blocks + step - 1) / step;
         static thread_local std::vector<float> buffer;
         buffer.resize(4 * blocks * kBlock + blocks);
@@ -757,12 +759,14 @@ private:
             result_.omitted_mass[place] = defined ? 0.0f : 1.0f;
             return true;
         }
-        // What was left out is given its likely mass at the mean of all values: a guess that takes nothing from
+        // What was left out is given its likely mass at the mean of the values seen: a guess that takes nothing from
         // the bound and halves the error.
-        const double guess = stands_in() ? std::min(total.omitted[0] * tile.likely[q] + total.left[0], omitted) : 0.0;
-        const ValueSketch& values = cache_.value_sketch(store_head(tile));
+        double mean[kMaxHeadDim], guess = 0;
+        if (stands_in() && omitted > 0 &&
+            cache_.value_sketch(store_head(tile)).mean(size_t(tile.visible[q]), mask_row(tile, q), mean))
+            guess = std::min(total.omitted[0] * tile.likely[q] + total.left[0], omitted);
         for (int i = 0; i < dim; ++i)
-            out[i] = float(guess > 0 ? (sum[i] + guess * values.mean(i)) / (mass + guess) : sum[i] / mass);
+            out[i] = float(guess > 0 ? (sum[i] + guess * mean[i]) / (mass + guess) : sum[i] / mass);
         result_.lse[place] =
             float(std::log(mass) + (relu() ? settings_.power * std::log(tail.relu_top[q]) : tile.reference[q]));
         if (!settings_.certify) {
@@ -770,8 +774,8 @@ private:
             return true;
         }
         result_.omitted_mass[place] = omitted > 0 ? std::min(1.0f, up(omitted / (surely + omitted))) : 0.0f;
-        certificate(tile, q, place, mass + guess, exact_mass, omitted, guess, tail.relu_top[q], total, kept, steps,
-                    squares, out);
+        certificate(tile, q, place, mass + guess, exact_mass, omitted, guess, mean, tail.relu_top[q], total, kept,
+                    steps, squares, out);
         return true;
     }
 
@@ -789,8 +793,8 @@ private:
     }
 
     void certificate(const Tile& tile, int q, size_t place, double mass, double exact_mass, double omitted,
-                     double guess, double relu_top, const Partial& total, int64_t kept, const double* steps,
-                     const double* squares, const float* out) {
+                     double guess, const double* mean, double relu_top, const Partial& total, int64_t kept,
+                     const double* steps, const double* squares, const float* out) {
         const ValueSketch& values = cache_.value_sketch(store_head(tile));
         // Share of the mass that is misplaced: omitted, or given by a wrong weight. expm1 of the band of a
         // full-precision logit is its float32 rounding.
@@ -809,7 +813,7 @@ private:
             const double reach = std::max(most - out[i], double(out[i]) - least);
             // |value - decoded| <= step / 2 (1 + 2^-10)
             const double coding = steps[g] * 0.5005 / mass;
-            const double stood_in = guess * std::fabs(values.mean(i) - out[i]);
+            const double stood_in = guess > 0 ? guess * std::fabs(mean[i] - out[i]) : 0.0;
             const double own =
                 wrong + guess / mass < 1
                     ? std::min((coding + wrong * reach + stood_in / mass) / (1 - wrong - guess / mass), reach)

@@ -15,7 +15,6 @@ public:
     explicit ValueSketch(int dim)
         : least_(size_t(dim), std::numeric_limits<float>::infinity()),
           most_(size_t(dim), -std::numeric_limits<float>::infinity()),
-          sum_(size_t(dim), 0.0),
           dim_(dim) {}
 
     size_t coded() const { return coded_; }
@@ -26,18 +25,21 @@ public:
     const std::vector<float>& least() const { return least_; }
     const std::vector<float>& most() const { return most_; }
 
-    // Mean of every value ever appended, to stand for values that are left out.
-    double mean(int i) const { return appended_ ? sum_[size_t(i)] / double(appended_) : 0.0; }
+    // Mean of the coded values a query may see (keys [0, visible), nonzero in `mask` if there is one), over groups of
+    // kMeanGroup keys that it sees completely; false when there are none.
+    static constexpr size_t kMeanGroup = 1024;
+    bool mean(size_t visible, const uint8_t* mask, double* mean) const;
 
     void code(const RowStore& values, int head, size_t until);  // until: a multiple of 16
     void widen(const float* row);
-    void crop(size_t keys) { coded_ = keys < coded_ ? keys / kBlock * kBlock : coded_; }
+    void crop(size_t keys);
 
 private:
+    void add_to_sums(const float* row, size_t token);
+
     std::vector<float> least_, most_;
-    std::vector<double> sum_;
     int dim_;
-    size_t appended_ = 0;
+    std::vector<double> sums_;  // [groups of kMeanGroup begun][dim]
     size_t coded_ = 0;
     Buffer rows_, parameters_;
 };
