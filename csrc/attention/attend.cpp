@@ -449,7 +449,9 @@ private:
     // sample of the keys. `finish` measures what was omitted and asks again if it was too much.
     float tail_threshold(Tile& tile, int q) {
         if (tile.blocks == 0) return -kInf;
-        const size_t step = std::max<size_t>(1, tile.blocks / kSampleBlocks);
+        // With block masses only the keys left out after refinement are guessed from the sample.
+        const size_t wanted = tile.by_block ? kSampleBlocks : 4 * kSampleBlocks;
+        const size_t step = std::max<size_t>(1, tile.blocks / wanted);
         const size_t blocks = (tile.blocks + step - 1) / step;
         static thread_local std::vector<float> buffer;
         buffer.resize(4 * blocks * kBlock + blocks);
