@@ -78,9 +78,7 @@ def _model(name: str, words: list[str] | None, dtype: str, json: bool) -> None:
     columns = ["layers", "decoding", "prompt", "heads", "head_dim", "rows", "codes", "why"]
     title = f"{source.name} ({facts['model_type']}), {dtype}, {facts['isa']} kernels\n{policy}"
     console.print_table(title, columns, rows)
-    console.out().print(
-        "rows, codes: bytes a token and layer."
-    )
+    console.out().print("rows, codes: bytes a token and layer.")
 
 
 def _what(layer: LayerPath) -> dict[str, Any]:
