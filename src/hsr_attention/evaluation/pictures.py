@@ -202,8 +202,8 @@ def prefill_speed(path: Path, title: str, result: dict[str, Any]) -> None:
     right.set_xlabel("layer")
     right.set_ylabel("seconds")
     right.set_title(f"By layer at n = {longest:,}: speed-up, density", fontsize=10)
-    right.margins(y=0.15)
-    right.legend()
+    right.margins(y=0.3)
+    right.legend(ncols=2, loc="upper center")
     figure.savefig(path, dpi=130)
 
 

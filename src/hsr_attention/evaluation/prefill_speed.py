@@ -30,9 +30,6 @@ CHECKED = 48  # positions of a prompt whose rows, of all heads, are compared wit
 CONTENDERS = (
     1.3  # dense paths that the check shows to be slower than the fastest by this are not timed
 )
-# Products of int8 matrices of 1024 rows by torch (oneDNN), timed in turn with the rest: the 8-bit
-# rate that a tuned library reaches on this machine at this time, not the one of a data sheet.
-INTEGER_PRODUCTS = 4
 ROWS_AT_ONCE = 128  # positions whose logits the chunked paths hold
 KEYS_AT_ONCE = 2048  # keys of a tile that stays in the cache of the processor
 
@@ -229,15 +226,11 @@ def measure(
             if first[name] > CONTENDERS * min(first.values()):
                 first[name] = min(first[name], _seconds(path))
         kept = {x: paths[x] for x in paths if first[x] <= CONTENDERS * min(first.values())}
-        product = torch.ones(1024, 1024, dtype=torch.int8)
         calls = {
             HSR: attend,
             "append": lambda: _append(heads, policy),
             **kept,
             "scores": lambda: _score(heads),
-            "int8": lambda: [
-                torch.ops.aten._int_mm(product, product) for _ in range(INTEGER_PRODUCTS)
-            ],
         }
         seconds = median_seconds(calls, rounds, lambda: on_step("time"))
     dense = {name: seconds.get(name, first[name]) for name in paths}
@@ -323,7 +316,7 @@ def _finish(
 ) -> dict[str, Any]:
     fastest = min((name for name in dense if name in seconds), key=lambda name: seconds[name])
     operations = 2.0 * heads.q.shape[3] * row["work"]["sketch_scored"]
-    peak = INTEGER_PRODUCTS * 2.0 * 1024**3 / seconds["int8"]
+    peak = integer_dot_peak()
     scores = max(seconds["scores"] - seconds["append"], 1e-9)
     return {
         "hsr_ms": 1e3 * seconds[HSR],
@@ -337,6 +330,18 @@ def _finish(
         "integer_peak_share": operations / seconds[HSR] / peak,
         "integer_peak_share_of_scores": operations / scores / peak,
     }
+
+
+def integer_dot_peak(n: int = 1024, repeats: int = 20) -> float:
+    """Return 8-bit operations (multiplications and additions) a second of this machine.
+
+    The best of several products of int8 matrices by torch (oneDNN), which uses the instructions
+    that our kernels use: what a tuned library reaches here, not the number of a data sheet.
+    """
+    import torch
+
+    a, b = (torch.ones(n, n, dtype=torch.int8) for _ in "ab")
+    return 2.0 * n**3 / min(_seconds(lambda: torch._int_mm(a, b)) for _ in range(repeats))
 
 
 def total(rows: list[dict[str, Any]]) -> dict[str, Any]:
