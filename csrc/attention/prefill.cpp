@@ -555,7 +555,7 @@ private:
             kernels().axpy(Dtype::float32, space.mean_value.data(), float(mass), value_dim_, stand_in(space, i));
         }
         if (found) add(space, i, head, found, off, remaining);
-        return int64_t(skipped) * 64;
+        return int64_t(skipped);
     }
 
     // The keys in space.positions, with estimates in space.kept: large shares of the mass get their weight from
@@ -604,7 +604,7 @@ private:
                                  space.positions, space.kept.data(), &omitted, &skipped);
         if (!relu()) row.omitted += double(omitted) * (1 + expm1_above(wide / kLog2e)) * kSumExcess;
         if (found) add_exact(space, i, head, found);
-        return int64_t(skipped) * 64;
+        return int64_t(skipped);
     }
 
     // ---- the answer of each query

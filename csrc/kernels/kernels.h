@@ -181,7 +181,7 @@ struct Kernels {
     void (*score_panel)(const CodedPanel* panel, int dim, size_t words, const PanelQuery* queries, int count,
                         float* logits, size_t stride);
     size_t (*select_row)(const float* logits, size_t count, float threshold, float reference, uint32_t first,
-                         uint32_t* positions, float* kept, float* omitted, uint32_t* words_skipped);
+                         uint32_t* positions, float* kept, float* omitted, uint32_t* keys_skipped);
     double (*weigh)(const float* logits, size_t count, float reference, float* weights);
     float (*largest_of)(const float* x, size_t count);
     float (*mass_curve)(const float* logits, size_t count, float* curve);

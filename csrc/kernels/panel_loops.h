@@ -124,10 +124,10 @@ inline f32x16 power_above(f32x16 y) {
 }
 
 // Of logits[count] (a multiple of 64 is read, -inf is nothing): those from the threshold on, in order, with their
-// positions; the mass of the others relative to 2^reference, from above. kept and positions have room for
+// positions; the mass of the others relative to 2^reference, from above; how many stand in words of 64 without one. kept and positions have room for
 // count + 16.
 size_t select_row(const float* logits, size_t count, float threshold, float reference, uint32_t first,
-                  uint32_t* positions, float* kept, float* omitted, uint32_t* words_skipped) {
+                  uint32_t* positions, float* kept, float* omitted, uint32_t* keys_skipped) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     size_t found = 0;
     uint32_t skipped = 0;
@@ -141,7 +141,7 @@ size_t select_row(const float* logits, size_t count, float threshold, float refe
             sum[b % 2] += keep_lanes(~mask[b] & 0xffffu, power_above(x - reference));
         }
         if (!(mask[0] | mask[1] | mask[2] | mask[3])) {
-            ++skipped;
+            skipped += uint32_t(count - i < 64 ? count - i : 64);
             continue;
         }
         for (int b = 0; b < 4; ++b) {
@@ -151,7 +151,7 @@ size_t select_row(const float* logits, size_t count, float threshold, float refe
         }
     }
     *omitted = sum_of(sum[0] + sum[1]);
-    *words_skipped = skipped;
+    *keys_skipped = skipped;
     return found;
 }
 

@@ -298,8 +298,7 @@ def _check(
         "omitted_mass_max": float(omitted.max()) if certified else None,
         "dense_relative_error": dense,
         "density": float((certificate.density[0] * visible).sum(axis=1).mean() / visible.sum()),
-        # The last word of a row may hold fewer than 64 visible keys and counts in full.
-        "skipped_share": min(1.0, work["skipped"] / work["sketch_scored"])
+        "skipped_share": work["skipped"] / work["sketch_scored"]
         if work["panels"] and work["sketch_scored"]
         else None,
         "work": work,
