@@ -101,7 +101,7 @@ Report Forest::rows(int64_t count, Make make) const {
 
 namespace {
 
-constexpr size_t kKeptHits = 1 << 13;  // larger buffers are given back after use
+constexpr size_t kKeptHits = 1 << 11;  // larger buffers are given back after use
 
 // Memory that a thread uses again from call to call.
 struct Bench {

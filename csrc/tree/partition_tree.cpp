@@ -192,7 +192,7 @@ struct PartitionTree::Builder {
         if (dim < 2 || dim > 3 || end - begin <= kFrameCell) return false;
         std::vector<int32_t> members;
         for (int32_t i = begin; i < end; ++i) members.push_back(shared.items[size_t(i)].row);
-        Frame frame;
+        Frame frame{};
         std::vector<uint8_t> cells;
         if (!equipartition(dim, shared.rows.data(), members.data(), end - begin, frame, cells)) return false;
         int32_t starts[kFan + 1] = {};
@@ -372,14 +372,19 @@ struct PartitionTree::Walk {
         for (; from < to; from += kLine) __builtin_prefetch(from);
     }
     void read() {
+        constexpr int32_t kChunk = 4096;  // keys: room is made for hits as they come
         const Take& take = waiting[first++ % kWaiting];
         Member& member = members[take.query];
         Growable<PackedHit>& hits = gathered[take.query].hits;
-        const size_t found = loops.scan(tree.leaves_.data(), tree.dim(), take.begin, take.end,
-                                        take.inside ? member.everything : member.wanted, tree.order_.data(),
-                                        hits.room(size_t(take.end - take.begin + kLanes)));
-        hits.added(found);
-        member.spent += kHitCost * double(found);
+        const size_t before = hits.size();
+        for (int32_t begin = take.begin; begin < take.end;) {
+            const int32_t end = std::min(take.end, (begin / kLanes * kLanes) + kChunk);
+            hits.added(loops.scan(tree.leaves_.data(), tree.dim(), begin, end,
+                                  take.inside ? member.everything : member.wanted, tree.order_.data(),
+                                  hits.room(size_t(end - begin + kLanes))));
+            begin = end;
+        }
+        member.spent += kHitCost * double(hits.size() - before);
     }
     void run(Which which, bool always) {
         struct Visit {

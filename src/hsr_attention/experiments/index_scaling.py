@@ -29,6 +29,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "shallow_cutting": ShallowCuttingIndex,
 }
 DATA = ("gaussian", "uniform", "clusters", "sphere", "boundary")
+STYLES = ("-", "--", ":", "-.", (0, (1, 4)))  # of the data sets, in a plot
 REPEATS = 5
 
 
@@ -288,16 +289,28 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
                 key=lambda r: r["n"],
             )
             sizes = [r["n"] for r in members]
-            label = f"{kind.replace('_', ' ')}, {data}"
-            axes[0][column].loglog(sizes, [r["batch"] for r in members], "o-", label=label)
-            axes[1][column].loglog(sizes, [r["nodes"] for r in members], "o-", label=label)
+            style = {
+                "color": f"C{list(KINDS).index(kind)}",
+                "linestyle": STYLES[DATA.index(data)],
+                "marker": "o",
+                "label": f"{kind.replace('_', ' ')}, {data}",
+            }
+            axes[0][column].loglog(sizes, [r["batch"] for r in members], **style)
+            # A query that is scanned visits no node.
+            nodes = [r["nodes"] if r["nodes"] >= 1 else np.nan for r in members]
+            axes[1][column].loglog(sizes, nodes, **style)
         scans = sorted({(r["n"], r["flat_batch"]) for r in rows if r["d"] == d})
         axes[0][column].loglog(*zip(*scans, strict=True), "k.", label="scan")
         axes[0][column].set_title(f"d = {d}")
         axes[1][column].set_xlabel("keys n")
     axes[0][0].set_ylabel("microseconds a query")
     axes[1][0].set_ylabel("nodes visited a query")
-    axes[0][0].legend(fontsize="small")
-    figure.tight_layout()
+    shown = {}
+    for axis in axes[0]:
+        shown.update(
+            {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        )
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(shown.values(), shown.keys(), loc="lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=130)
     plt.close(figure)
