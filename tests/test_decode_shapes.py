@@ -82,7 +82,8 @@ def test_padded_batches(isa, head_dim, dtype):
     cache = hsr.KVCache()
     cache.append(alone.k, alone.v)
     bound = cache.attend(alone.q, return_certificate=True)[1].error_bound
-    assert (certificate.error_bound[2] < 4 * bound[0] + 1e-3).all()
+    # Over the heads together: which keys one head leaves out depends on the centre of the codes.
+    assert certificate.error_bound[2].max() < 4 * bound[0].max() + 1e-3
 
 
 @pytest.mark.parametrize("n", (1, 15, 16, 17, 31, 33, 2047, 2048, 2049, 4099))
