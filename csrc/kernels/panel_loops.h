@@ -124,8 +124,8 @@ inline f32x16 power_above(f32x16 y) {
 }
 
 // Of logits[count] (a multiple of 64 is read, -inf is nothing): those from the threshold on, in order, with their
-// positions; the mass of the others relative to 2^reference, from above; how many stand in words of 64 without one. kept and positions have room for
-// count + 16.
+// positions; the mass of the others relative to 2^reference, from above; and how many of them stand in words of 64
+// without a kept one. kept and positions have room for count + 16.
 size_t select_row(const float* logits, size_t count, float threshold, float reference, uint32_t first,
                   uint32_t* positions, float* kept, float* omitted, uint32_t* keys_skipped) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -340,7 +340,7 @@ def integer_dot_peak(n: int = 1024, repeats: int = 20) -> float:
     import torch
 
     a, b = (torch.ones(n, n, dtype=torch.int8) for _ in "ab")
-    return 2.0 * n**3 / min(_seconds(lambda: torch._int_mm(a, b)) for _ in range(repeats))
+    return 2.0 * n**3 / min(_seconds(lambda: torch.ops.aten._int_mm(a, b)) for _ in range(repeats))
 
 
 def total(rows: list[dict[str, Any]]) -> dict[str, Any]:
