@@ -26,13 +26,14 @@ KINDS: dict[str, Callable[[Any], HalfspaceIndex]] = {
 }
 
 # Keys that a partition tree scores for a query, as share * n^exponent, measured on Gaussian keys
-# with reports of 100 (d <= 3) or 1,000 keys: `hsr bench index`, see docs/indexes.md. Scoring in
-# scattered leaves costs SCATTER times as much a key as a scan.
+# with reports of 100 (d <= 3) or 1,000 keys between n = 1e5 and 1e6 (d = 5 and 7 lie between their
+# neighbours): `hsr bench index`, see docs/indexes.md. Scoring in scattered leaves, the walk to them
+# included, costs SCATTER times as much a key as a scan.
 TREE_SCORED = {
-    1: (60.0, 0.10), 2: (60.0, 0.15), 3: (30.0, 0.26), 4: (60.0, 0.36),
-    5: (50.0, 0.43), 6: (28.0, 0.51), 7: (11.0, 0.62), 8: (5.5, 0.70),
+    1: (120.0, 0.10), 2: (340.0, 0.035), 3: (325.0, 0.126), 4: (1600.0, 0.148),
+    5: (1410.0, 0.208), 6: (1160.0, 0.271), 7: (670.0, 0.35), 8: (370.0, 0.43),
 }  # fmt: skip
-SCATTER = 6.0
+SCATTER = 2.5
 LARGEST_TREE_DIM = max(TREE_SCORED)
 CALL = 3e-6  # seconds that a query of a structure costs before it looks at keys
 SKETCH_FROM_DIM = 16  # below, the codes of a sketch are hardly shorter than the keys
