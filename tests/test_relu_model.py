@@ -359,11 +359,11 @@ def test_the_experiment_measures_and_draws(tmp_path):
 
     data = relu_model.run(quick=True, out=tmp_path)
     for name in relu_model.RELU:
-        found = data["models"][name]
-        assert all(x["same"] == x["tokens"] for x in found["agreement"])
-        assert all(x["logprob_difference_max"] < 1e-4 for x in found["agreement"])
-        density = {n: np.mean(rows) for n, rows in found["density"].items()}
+        assert all(x["same"] == x["tokens"] for x in data["agreement"][name])
+        assert all(x["logprob_difference_max"] < 1e-4 for x in data["agreement"][name])
+        density = {n: np.mean(rows) for n, rows in data["density"][name].items()}
         assert density[2048] < density[512] < density[128]
-        assert all(x["difference"] < 1e-4 for x in found["attention"].values())
+        attention = data["times"][name]["attention"]
+        assert all(x["difference"] < 1e-4 for x in attention.values())
     relu_model.plot(json.loads((tmp_path / "relu_model.json").read_text()), tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000

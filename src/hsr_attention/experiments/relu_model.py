@@ -40,30 +40,43 @@ def held_out_essays() -> list[str]:
 
 def run(quick: bool, out: Path) -> dict[str, Any]:
     """Measure everything; ``quick`` takes shorter texts. ``out`` is a directory for the data."""
-    loaded = {name: models.load(name) for name in NAMES}
-    tokenizer = loaded[NAMES[0]].tokenizer
-    held_out = _tokens(tokenizer, held_out_essays())
-    data: dict[str, Any] = {"machine": _machine(), "held_out_tokens": held_out.shape[1]}
-    data["training"] = {name: training(name) for name in NAMES}
-    data["perplexity"] = {
-        name: {n: perplexity(model.model, held_out, n) for n in (512, LENGTHS[-1])}
-        for name, model in loaded.items()
-    }
-    long_text = _tokens(tokenizer, texts.essay_list())
-    lengths = (512, LENGTHS[-1]) if quick else (*LENGTHS[1:], *LONG)
-    data["models"] = {
-        name: times(loaded[name].model, long_text, lengths)
-        | {
-            "density": densities(loaded[name].model, held_out, LENGTHS[-1]),
-            "agreement": [
-                agreement(loaded[name].model, held_out[:, i : i + PROMPT], 50 if quick else TOKENS)
-                for i in (0, 5000, 10_000)
-            ],
-        }
-        for name in RELU
-    }
+    data = quality(quick) | speed(quick)
     (out / "relu_model.json").write_text(json.dumps(data))
     return data
+
+
+def quality(quick: bool) -> dict[str, Any]:
+    """Return what the models are worth: perplexities, densities, agreement with dense."""
+    loaded = {name: models.load(name) for name in NAMES}
+    text = _tokens(loaded[NAMES[0]].tokenizer, held_out_essays())
+    return {
+        "held_out_tokens": text.shape[1],
+        "training": {name: training(name) for name in NAMES},
+        "perplexity": {
+            name: {n: perplexity(model.model, text, n) for n in (512, LENGTHS[-1])}
+            for name, model in loaded.items()
+        },
+        "density": {name: densities(loaded[name].model, text, LENGTHS[-1]) for name in RELU},
+        "agreement": {
+            name: [
+                agreement(loaded[name].model, text[:, i : i + PROMPT], 50 if quick else TOKENS)
+                for i in (0, 5000, 10_000)
+            ]
+            for name in RELU
+        },
+    }
+
+
+def speed(quick: bool) -> dict[str, Any]:
+    """Return times against dense ReLU attention, and the machine they are of."""
+    lengths = (512, LENGTHS[-1]) if quick else (*LENGTHS[1:], *LONG)
+    found: dict[str, Any] = {"machine": _machine(), "times": {}}
+    for name in RELU:
+        loaded = models.load(name)
+        found["times"][name] = times(
+            loaded.model, _tokens(loaded.tokenizer, texts.essay_list()), lengths
+        )
+    return found
 
 
 def training(name: str) -> dict[str, Any]:
@@ -282,9 +295,9 @@ def _draw_training(axes: Any, data: dict[str, Any]) -> None:
 
 
 def _draw_growth(axes: Any, data: dict[str, Any]) -> None:
-    sizes = sorted(int(n) for n in data["models"][RELU[0]]["density"])
+    sizes = sorted(int(n) for n in data["density"][RELU[0]])
     for name in RELU:
-        found = data["models"][name]["density"]
+        found = data["density"][name]
         for layer, rows in enumerate(_at(found, sizes[0])):
             for head in range(len(rows)):
                 share = [100 * _at(found, n)[layer][head] for n in sizes]
@@ -308,7 +321,7 @@ def _draw_heads(figure: Any, axes: Any, data: dict[str, Any]) -> None:
     import numpy as np
     from matplotlib.colors import LogNorm
 
-    found = [np.array(_at(data["models"][name]["density"], LENGTHS[-1])) for name in RELU]
+    found = [np.array(_at(data["density"][name], LENGTHS[-1])) for name in RELU]
     share = 100 * np.concatenate(found, axis=1)
     low, high = max(share.min(), 0.01), max(share.max(), 0.02)
     image = axes.imshow(
@@ -330,9 +343,9 @@ def _draw_heads(figure: Any, axes: Any, data: dict[str, Any]) -> None:
 
 
 def _draw_times(axes: Any, data: dict[str, Any], what: str, title: str) -> None:
-    sizes = sorted(int(n) for n in data["models"][RELU[0]][what])
+    sizes = sorted(int(n) for n in data["times"][RELU[0]][what])
     for name in RELU:
-        found = data["models"][name][what]
+        found = data["times"][name][what]
         marker = "o" if name == RELU[0] else "s"
         for path, colour, label in (
             ("dense", DENSE_COLOUR, "dense, torch"),
@@ -375,13 +388,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter texts")
     parser.add_argument("--out", type=Path, default=Path("relu_model"))
-    parser.add_argument("--draw", action="store_true", help="only draw relu_model.json again")
+    parts = {"quality": quality, "speed": speed}
+    parser.add_argument("--only", choices=parts, help="measure one part again, keep the other")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "relu_model.json"
-    data = json.loads(file.read_text()) if given.draw else run(given.quick, given.out)
-    plot(data, given.out / "relu_model.png")
-    print(f"{given.out / 'relu_model.png'}")
+    if given.only is None:
+        data = run(given.quick, given.out)
+    else:
+        data = json.loads(file.read_text()) if file.exists() else {}
+        data |= parts[given.only](given.quick)
+        file.write_text(json.dumps(data))
+    if {"density", "times"} <= set(data):
+        plot(data, given.out / "relu_model.png")
+        print(given.out / "relu_model.png")
 
 
 if __name__ == "__main__":
