@@ -61,7 +61,7 @@ PolicyWords = Annotated[
         "threshold=sqrt_log, "
         "and tail=sketch|drop, exact=true, exact_share=, tail_epsilon=, certify=; or "
         "attention=relu with threshold= and power=. Words stand between commas.",
-        show_default="what the model was trained with: epsilon=0.03, or its own ReLU attention",
+        show_default="what the model was trained with: epsilon=0.04, or its own ReLU attention",
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Element type of the model.")]
