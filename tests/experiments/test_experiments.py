@@ -13,7 +13,7 @@ from hsr_attention.cli import main
 from hsr_attention.experiments import cost, registry, runner, running_time, workbench
 
 pytestmark = pytest.mark.transformers
-SLOW = ("cost", "running-time")
+SLOW = ("cost", "running-time", "relu-model")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from hsr_attention.experiments import (
     error_bound,
     perplexity,
     pipelines,
+    relu_model,
     retrieval,
     running_time,
     sparsity,
@@ -28,5 +29,6 @@ _MODULES: tuple[Experiment, ...] = (
     cost,
     atlas,
     retrieval,
+    relu_model,
 )
 EXPERIMENTS: dict[str, Experiment] = {module.NAME: module for module in _MODULES}

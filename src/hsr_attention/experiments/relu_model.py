@@ -1,36 +1,45 @@
-"""The small models that come with the package: ReLU attention with alpha = 1 and 2 beside softmax.
-
-Held-out perplexity, density by layer and head against the number of keys, time of decoding and of
-prompts against dense ReLU attention in torch, and the greatest difference between the two. ``run``
-returns data, ``plot`` draws them; ``python -m hsr_attention.experiments.relu_model`` does both.
-"""
+"""The small models that come with the package: ReLU attention with alpha = 1 and 2 beside softmax."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from hsr_attention.evaluation import generation, models, texts
+import numpy as np
 
-NAMES = ("relu-demo", "relu2-demo", "softmax-demo")
+from hsr_attention.evaluation import generation, models, texts
+from hsr_attention.experiments import figures
+from hsr_attention.experiments.growth import exponent, table
+from hsr_attention.experiments.workbench import Workbench
+
+NAME = "relu-model"
+TITLE = "A language model whose attention is ReLU"
+USES_MODEL = (
+    False  # of the user's: these come with the package, and the essays they were trained on
+)
+EXPLANATION = """
+Half of the paper is about ReLU^α attention, where a key below the threshold b weighs nothing and
+half-space reporting is *exact*. No public language model attends so. Two small ones come with the
+package, and their softmax twin: same size, same text, same steps (`examples/train_relu_lm.py`).
+
+Their threshold is that of Lemma 6.1, b = σ √(0.4 ln n) with n the keys a query sees: it rises with
+the context, so the share of the keys above it falls. Measured on the essays that were held out:
+perplexity; the density of every head; times against dense ReLU attention in torch; and whether
+dense attention and half-space reporting write the same text.
+"""
+NAMES: tuple[str, ...] = ("relu-demo", "relu2-demo", "softmax-demo")
 RELU = NAMES[:2]
-LABELS = {
-    "relu-demo": r"ReLU, $\alpha$ = 1",
-    "relu2-demo": r"ReLU, $\alpha$ = 2",
-    "softmax-demo": "softmax",
-}
+LABELS: dict[str, str] = dict(zip(NAMES, ("ReLU, α = 1", "ReLU, α = 2", "softmax"), strict=True))
 LENGTHS = (128, 256, 512, 1024, 2048)  # the models were trained on texts of up to 2,048 tokens
 LONG = (4096, 8192, 16_384)  # beyond what they were trained for: only times
 LONGEST_PROMPT = 4096
 PROMPT = 1536  # of the comparison of texts
 TOKENS = 500
-ROUNDS = 7
+ROUNDS = 31  # of single tokens
 
 
 def held_out_essays() -> list[str]:
@@ -38,11 +47,11 @@ def held_out_essays() -> list[str]:
     return texts.essay_list()[9::10]
 
 
-def run(quick: bool, out: Path) -> dict[str, Any]:
-    """Measure everything; ``quick`` takes shorter texts. ``out`` is a directory for the data."""
-    data = quality(quick) | speed(quick)
-    (out / "relu_model.json").write_text(json.dumps(data))
-    return data
+def run(quick: bool, bench: Workbench) -> dict[str, Any]:
+    """Measure perplexities, densities and agreement, then times; ``quick`` takes shorter texts."""
+    data = bench.part("perplexity, density, agreement", lambda: quality(quick))
+    data |= bench.part("times", lambda: speed(quick))
+    return data | {"tables": [_quality_table(data), _times_table(data)]}
 
 
 def quality(quick: bool) -> dict[str, Any]:
@@ -68,28 +77,18 @@ def quality(quick: bool) -> dict[str, Any]:
 
 
 def speed(quick: bool) -> dict[str, Any]:
-    """Return times against dense ReLU attention, and the machine they are of."""
+    """Return times against dense ReLU attention."""
     lengths = (512, LENGTHS[-1]) if quick else (*LENGTHS[1:], *LONG)
-    found: dict[str, Any] = {"machine": _machine(), "times": {}}
+    found = {}
     for name in RELU:
         loaded = models.load(name)
-        found["times"][name] = times(
-            loaded.model, _tokens(loaded.tokenizer, texts.essay_list()), lengths
-        )
-    return found
+        found[name] = times(loaded.model, _tokens(loaded.tokenizer, texts.essay_list()), lengths)
+    return {"times": found}
 
 
 def training(name: str) -> dict[str, Any]:
     """Return what ``examples/train_relu_lm.py`` noted when it made the model."""
     return json.loads((models.find(name).directory / "training.json").read_text())
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    import hsr_attention as hsr
-
-    return hsr.info() | {"torch_threads": torch.get_num_threads()}
 
 
 def _tokens(tokenizer: Any, essays: list[str]) -> Any:
@@ -122,7 +121,6 @@ def densities(model: Any, stream: Any, length: int) -> dict[int, list[list[float
     Windows of ``length`` held-out tokens are read through ``HSRCache``; queries that see n / 2 ... n
     keys are averaged.
     """
-    import numpy as np
     import torch
 
     windows = []
@@ -261,148 +259,156 @@ def agreement(model: Any, prompt: Any, tokens: int) -> dict[str, Any]:
     }
 
 
-COLOURS = {"relu-demo": "#2f7fc1", "relu2-demo": "#1f9e77", "softmax-demo": "#8a8f98"}
-DENSE_COLOUR = "#d9772b"
+COLOURS: dict[str, str] = dict(
+    zip(NAMES, (figures.BLUE, figures.GREEN, figures.GREY), strict=True)
+)
+WHAT = {
+    "attention": "attention of one token, all layers",
+    "decode": "one token of the whole model",
+    "prefill": "a whole prompt",
+}
 
 
-def plot(data: dict[str, Any], path: Path) -> None:
-    """Draw training, densities and times as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _quality_table(data: dict[str, Any]) -> dict[str, Any]:
+    def densities_of(name: str) -> list[str]:
+        found = data["density"].get(name)
+        return [f"{100 * np.mean(found[n]):.1f} %" if found else "" for n in map(str, LENGTHS)]
 
-    figure = Figure(figsize=(15, 8.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    _draw_training(axes[0, 0], data)
-    _draw_growth(axes[0, 1], data)
-    _draw_heads(figure, axes[0, 2], data)
-    _draw_times(axes[1, 0], data, "attention", "Attention of one token, all layers")
-    _draw_times(axes[1, 1], data, "decode", "One token of the whole model")
-    _draw_times(axes[1, 2], data, "prefill", "A whole prompt")
-    figure.savefig(path, dpi=120, facecolor="white")
+    def same(name: str) -> str:
+        found = data["agreement"].get(name, [])
+        return f"{sum(x['same'] for x in found)} of {sum(x['tokens'] for x in found)}"
 
-
-def _draw_training(axes: Any, data: dict[str, Any]) -> None:
-    for name in NAMES:
-        held = data["training"][name]["held_out_loss_by_step"]
-        steps, losses = zip(*held, strict=True)
-        label = f"{LABELS[name]}: perplexity {_at(data['perplexity'][name], 2048):.1f}"
-        axes.plot(steps, losses, color=COLOURS[name], label=label)
-    axes.set(xlabel="training step", ylabel="nats a token", title="Loss on held-out essays")
-    axes.set_ylim(top=6.0)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    rows: list[list[Any]] = [
+        [f"perplexity, windows of {int(n):,}", *(f"{data['perplexity'][m][n]:.1f}" for m in NAMES)]
+        for n in data["perplexity"][NAMES[0]]
+    ]
+    shares = zip(*map(densities_of, NAMES), strict=True)
+    rows += [
+        [f"density, {n // 2:,} to {n:,} keys", *share]
+        for n, share in zip(LENGTHS, shares, strict=True)
+    ]
+    rows += [["same tokens, dense and reported", *map(same, RELU), ""]]
+    worst = (f"{_worst(data, name):.1e}" for name in RELU)
+    rows += [["largest difference of their log-probabilities", *worst, ""]]
+    return table(["", *(LABELS[name] for name in NAMES)], rows, "On held-out essays")
 
 
-def _draw_growth(axes: Any, data: dict[str, Any]) -> None:
-    sizes = sorted(int(n) for n in data["density"][RELU[0]])
+def _worst(data: dict[str, Any], name: str) -> float:
+    return max(x["logprob_difference_max"] for x in data["agreement"][name])
+
+
+def _times_table(data: dict[str, Any]) -> dict[str, Any]:
+    rows = []
+    for what, label in WHAT.items():
+        for n in data["times"][RELU[0]][what]:
+            row: list[Any] = [label, f"{int(n):,}"]
+            for name in RELU:
+                found = data["times"][name][what][n]
+                row += [f"{found[path]:.3g}" for path in ("dense", "hsr")]
+                row += [f"{found['dense'] / found['hsr']:.2f}x"]
+            rows.append(row)
+    columns = [f"{LABELS[name]}: {x}" for name in RELU for x in ("dense, ms", "hsr, ms", "gain")]
+    return table(["", "tokens", *columns], rows, "Times against dense ReLU attention in torch")
+
+
+def findings(data: dict[str, Any]) -> list[str]:
+    """Say what the data show."""
+    end = {name: data["perplexity"][name][str(LENGTHS[-1])] for name in NAMES}
+    sentences = [
+        "Held-out perplexity: " + ", ".join(f"{LABELS[n]} {x:.1f}" for n, x in end.items()) + "."
+    ]
     for name in RELU:
         found = data["density"][name]
-        for layer, rows in enumerate(_at(found, sizes[0])):
-            for head in range(len(rows)):
-                share = [100 * _at(found, n)[layer][head] for n in sizes]
-                axes.plot(sizes, share, color=COLOURS[name], alpha=0.25, linewidth=0.8)
-        mean = [100 * _mean(_at(found, n)) for n in sizes]
-        axes.plot(sizes, mean, "o-", color=COLOURS[name], label=f"{LABELS[name]}, mean")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
-    _percent_ticks(axes.yaxis, (0.01, 0.1, 1, 10, 100))
-    axes.set(
-        xlabel="keys the query sees (n/2 ... n)",
-        ylabel="per cent of the keys above b",
-        title="Density falls with the context; thin: each head",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
+        share = [float(np.mean(found[str(n)])) for n in LENGTHS]
+        e = 1 + exponent(LENGTHS, share)["exponent"]
+        sentences.append(
+            f"{LABELS[name]}: density falls from {100 * share[0]:.0f} % to {100 * share[-1]:.1f} %; "
+            f"the keys above b grow like n^{e:.2f}."
+        )
+        same, of = (sum(x[k] for x in data["agreement"][name]) for k in ("same", "tokens"))
+        sentences.append(
+            f"{LABELS[name]}: {same} of {of} tokens are the same dense and reported, their "
+            f"log-probabilities to {_worst(data, name):.0e}."
+        )
+    return sentences
 
 
-def _draw_heads(figure: Any, axes: Any, data: dict[str, Any]) -> None:
-    import numpy as np
-    from matplotlib.colors import LogNorm
-
-    found = [np.array(_at(data["density"][name], LENGTHS[-1])) for name in RELU]
-    share = 100 * np.concatenate(found, axis=1)
-    low, high = max(share.min(), 0.01), max(share.max(), 0.02)
-    image = axes.imshow(
-        np.maximum(share, low), aspect="auto", cmap="viridis", norm=LogNorm(low, high)
-    )
-    heads = found[0].shape[1]
-    axes.axvline(heads - 0.5, color="white", linewidth=3)
-    axes.set_xticks(range(share.shape[1]), [str(i % heads) for i in range(share.shape[1])])
-    axes.set_yticks(range(len(share)))
-    axes.set(
-        xlabel=f"head; left {LABELS[RELU[0]]}, right {LABELS[RELU[1]]}",
-        ylabel="layer",
-        title=f"Density by head, {LENGTHS[-1]:,} keys",
-    )
-    bar = figure.colorbar(image, ax=axes, label="per cent of the keys (logarithmic)")
-    ticks = [x for x in (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= x <= high]
-    bar.set_ticks(ticks, labels=[f"{x:g}" for x in ticks])
-    bar.minorticks_off()
-
-
-def _draw_times(axes: Any, data: dict[str, Any], what: str, title: str) -> None:
-    sizes = sorted(int(n) for n in data["times"][RELU[0]][what])
+def plot(data: dict[str, Any]) -> dict[str, Any]:
+    """Draw losses, densities by context and head, and times."""
+    made = {"losses": _losses(data), "density": _density_figure(data)}
     for name in RELU:
+        made[f"heads-{name}"] = figures.heat(
+            (100 * np.array(data["density"][name][str(LENGTHS[-1])])).tolist(),
+            f"{LABELS[name]}: density, {LENGTHS[-1]:,} keys",
+            "per cent of the keys",
+            list(range(len(data["density"][name][str(LENGTHS[-1])]))),
+            log=True,
+        )
+    return made | {f"time-{what}": _time_figure(data, what) for what in WHAT}
+
+
+def _losses(data: dict[str, Any]) -> Any:
+    made, axes = figures.panel("Loss on held-out essays", "training step", "nats a token")
+    for name in NAMES:
+        steps, losses = zip(*data["training"][name]["held_out_loss_by_step"], strict=True)
+        perplexity = data["perplexity"][name][str(LENGTHS[-1])]
+        label = f"{LABELS[name]}: perplexity {perplexity:.1f}"
+        axes.plot(steps, losses, color=COLOURS[name], label=label)
+    figures.legend(axes)
+    return made
+
+
+def _density_figure(data: dict[str, Any]) -> Any:
+    made, axes = figures.panel(
+        "Density falls with the context (thin: each head)",
+        "keys the query sees (n/2 ... n)",
+        "per cent of the keys above b",
+        log="xy",
+    )
+    for name in RELU:
+        share = 100 * np.array([data["density"][name][str(n)] for n in LENGTHS])
+        for head in share.reshape(len(LENGTHS), -1).T:
+            axes.plot(LENGTHS, head, color=COLOURS[name], alpha=0.25, linewidth=0.8)
+        mean = share.mean(axis=(1, 2))
+        axes.plot(LENGTHS, mean, "o-", color=COLOURS[name], label=f"{LABELS[name]}, mean")
+    figures.powers_of_two(axes, LENGTHS)
+    _plain_ticks(axes)
+    figures.legend(axes)
+    return made
+
+
+def _time_figure(data: dict[str, Any], what: str) -> Any:
+    title = WHAT[what][0].upper() + WHAT[what][1:]
+    made, axes = figures.panel(
+        title, "tokens (dotted: longest trained on)", "milliseconds", log="xy"
+    )
+    sizes = [int(n) for n in data["times"][RELU[0]][what]]
+    for name, marker in zip(RELU, "os", strict=True):
         found = data["times"][name][what]
-        marker = "o" if name == RELU[0] else "s"
         for path, colour, label in (
-            ("dense", DENSE_COLOUR, "dense, torch"),
+            ("dense", figures.ORANGE, "dense, torch"),
             ("hsr", COLOURS[name], "half-space reporting"),
         ):
+            ms = [found[str(n)][path] for n in sizes]
+            faint = path == "dense" and name != RELU[0]
             axes.plot(
                 sizes,
-                [_at(found, n)[path] for n in sizes],
+                ms,
                 "-" + marker,
                 color=colour,
-                markersize=4,
-                alpha=1.0 if path == "hsr" or name == RELU[0] else 0.5,
+                alpha=0.55 if faint else 1.0,
                 label=f"{label}, {LABELS[name]}",
             )
-    axes.axvline(LENGTHS[-1], color="#8a8f98", linestyle=":", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    ticks = sizes[:: 1 + len(sizes) // 6]
-    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axes.set(xlabel="tokens (dotted: longest trained on)", ylabel="milliseconds", title=title)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.axvline(LENGTHS[-1], color=figures.GREY, linestyle=":", linewidth=1)
+    figures.powers_of_two(axes, sizes)
+    _plain_ticks(axes)
+    figures.legend(axes)
+    return made
 
 
-def _percent_ticks(axis: Any, ticks: tuple[float, ...]) -> None:
-    axis.set_ticks(ticks, labels=[f"{x:g}" for x in ticks])
-
-
-def _at(found: dict[Any, Any], n: int) -> Any:
-    """Return an entry by its number, also of data that went through JSON."""
-    return found[n] if n in found else found[str(n)]
-
-
-def _mean(rows: list[list[float]]) -> float:
-    return statistics.fmean(x for row in rows for x in row)
-
-
-def main() -> None:
-    """Run and draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="shorter texts")
-    parser.add_argument("--out", type=Path, default=Path("relu_model"))
-    parts = {"quality": quality, "speed": speed}
-    parser.add_argument("--only", choices=parts, help="measure one part again, keep the other")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    file = given.out / "relu_model.json"
-    if given.only is None:
-        data = run(given.quick, given.out)
-    else:
-        data = json.loads(file.read_text()) if file.exists() else {}
-        data |= parts[given.only](given.quick)
-        file.write_text(json.dumps(data))
-    if {"density", "times"} <= set(data):
-        plot(data, given.out / "relu_model.png")
-        print(given.out / "relu_model.png")
-
-
-if __name__ == "__main__":
-    main()
+def _plain_ticks(axes: Any) -> None:
+    """Label a logarithmic y axis with 1, 2 and 5 times powers of ten."""
+    low, high = axes.get_ylim()
+    ticks = [d * 10.0**e for e in range(-3, 6) for d in (1, 2, 5) if low <= d * 10.0**e <= high]
+    axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
