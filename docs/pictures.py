@@ -50,7 +50,7 @@ class Heads:
 
 
 def half_space() -> Any:
-    """Keys in the plane, a query, its boundary, and what an index reports."""
+    """Draw keys in the plane, a query, its boundary, and what an index reports."""
     rng = np.random.default_rng(3)
     keys = rng.standard_normal((300, 2)).astype(np.float32)
     q, b = np.array([0.72, 0.54], np.float32), 1.0
@@ -79,7 +79,7 @@ def half_space() -> Any:
 
 
 def few_keys(heads: Heads) -> Any:
-    """Share of the softmax mass on the largest keys, for every head."""
+    """Draw the share of the softmax mass on the largest keys, for every head."""
     curves = []
     for number in heads.layers:
         for s in heads.logits(number):
@@ -110,7 +110,7 @@ def few_keys(heads: Heads) -> Any:
 
 
 def threshold(heads: Heads) -> Any:
-    """The logits of one query, and a threshold."""
+    """Draw the logits of one query, and a threshold."""
     s = heads.logits(LAYER)[HEAD]
     b = np.sort(s)[-round(len(s) ** 0.8)]
     weights = np.exp(s - s.max())
@@ -123,7 +123,9 @@ def threshold(heads: Heads) -> Any:
         height=HEIGHT,
         log="y",
     )
-    edges = np.concatenate([np.arange(b, s.min() - 0.3, -0.3)[::-1], np.arange(b, s.max(), 0.3)[1:]])
+    edges = np.concatenate(
+        [np.arange(b, s.min() - 0.3, -0.3)[::-1], np.arange(b, s.max(), 0.3)[1:]]
+    )
     edges = np.append(edges, edges[-1] + 0.3)
     axes.hist(s[s < b], edges, color=GREY, label=f"below b: {(s < b).sum():,} keys")
     axes.hist(s[s >= b], edges, color=BLUE, label=f"reported: {(s >= b).sum():,} keys")
@@ -137,12 +139,14 @@ def codes(keys: Array) -> list[tuple[str, Array]]:
     """Return keys as 4 and as 8 bits a coordinate give them back, without the rotation."""
     step = np.abs(keys).max(axis=1, keepdims=True) / 127.5
     code = np.clip(np.round(keys / step + 127.5), 0, 255)
-    first = 16 * np.floor(code / 16) + 7.5  # the high 4 bits, in the middle of what the low may add
+    first = (
+        16 * np.floor(code / 16) + 7.5
+    )  # the high 4 bits, in the middle of what the low may add
     return [("4 bits", step * (first - 127.5)), ("8 bits", step * (code - 127.5))]
 
 
 def bands(heads: Heads) -> Any:
-    """How far the logit of a coded key may be from the true one, and how far it is."""
+    """Draw how far the logit of a coded key may be from the true one, and how far it is."""
     from scipy.fft import dct
 
     q, k, _ = heads.layer(LAYER)
@@ -172,7 +176,7 @@ def bands(heads: Heads) -> Any:
 
 
 def tiers(heads: Heads, epsilon: float = 0.04, exact_share: float = 1e-3) -> Any:
-    """What each key weighs, and in which tier it falls."""
+    """Draw what each key weighs, and in which tier it falls."""
     s = np.sort(heads.logits(LAYER)[HEAD])[::-1]
     weights = np.exp(s - s.max())
     weights /= weights.sum()
@@ -194,7 +198,9 @@ def tiers(heads: Heads, epsilon: float = 0.04, exact_share: float = 1e-3) -> Any
     )
     for name, part, colour in parts:
         label = f"{name}: {len(x[part]):,} keys, {weights[part].sum():.1%} of the mass"
-        axes.fill_between(x[part], weights[part], 1e-9, color=colour, alpha=0.55, lw=0, label=label)
+        axes.fill_between(
+            x[part], weights[part], 1e-9, color=colour, alpha=0.55, lw=0, label=label
+        )
     for place, word in ((exact, r"$b_{hi}$"), (kept, r"$b_{lo}$")):
         axes.axvline(place + 0.5, color=ORANGE, linewidth=1.4)
         axes.annotate(
@@ -207,8 +213,13 @@ def tiers(heads: Heads, epsilon: float = 0.04, exact_share: float = 1e-3) -> Any
 
 
 def bytes_read(heads: Heads) -> Any:
-    """What a decoding step reads of a layer, beside dense attention."""
-    parts = {"keys, first plane": 0.0, "keys, second plane": 0.0, "value codes": 0.0, "full rows": 0.0}
+    """Draw what a decoding step reads of a layer, beside dense attention."""
+    parts = {
+        "keys, first plane": 0.0,
+        "keys, second plane": 0.0,
+        "value codes": 0.0,
+        "full rows": 0.0,
+    }
     dense = 0.0
     for number in heads.layers:
         q, k, v = heads.layer(number)
@@ -243,7 +254,7 @@ def bytes_read(heads: Heads) -> Any:
 
 
 def certificates(heads: Heads) -> Any:
-    """True error and certificate of every query, for three values of epsilon."""
+    """Draw true error and certificate of every query, for three values of epsilon."""
     made, axes = figures.panel(
         " ", "true error, share of the largest value", "certificate, same unit",
         width=WIDTH, height=4.6, log="xy",

@@ -1,8 +1,8 @@
 """Pages that stand beside ``docs/`` join the site, with links that hold in both places.
 
-On GitHub ``docs/limits.md`` links to ``../DESIGN.md`` and ``DESIGN.md`` to ``docs/limits.md``. In the site all
-of them are neighbours. Links to other files of the repository (an example, a folder of sources) have no page
-here: only their text is kept.
+On GitHub ``docs/limits.md`` links to ``../DESIGN.md`` and ``DESIGN.md`` to ``docs/limits.md``. In the
+site all of them are neighbours. Links to other files of the repository (an example, a folder of
+sources) have no page here: only their text is kept.
 """
 
 from __future__ import annotations

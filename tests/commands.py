@@ -5,6 +5,7 @@ import shlex
 import tomllib
 
 import typer
+
 from hsr_attention.cli import options
 from hsr_attention.cli.app import app
 from pages import ROOT

@@ -200,7 +200,7 @@ def test_links_lead_somewhere(page):
         path, _, anchor = target.partition("#")
         file = (ROOT / page).parent / path if path else ROOT / page
         assert file.exists(), f"{page}: {target}"
-        if anchor:
+        if anchor and not anchor.startswith("hsr_attention."):  # docstrings: in the site only
             name = str(file.resolve().relative_to(ROOT))
             assert anchor in pages.anchors(name), f"{page}: {target}"
 
