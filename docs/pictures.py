@@ -60,7 +60,7 @@ def half_space() -> Any:
         f"{len(found)} of {len(keys)} keys are reported", "", "", width=5.4, height=4.6
     )
     with matplotlib.rc_context({"text.color": INK}):
-        axes.scatter(*keys[others].T, s=14, color=GREY, label="⟨q, k⟩ < b: not looked at")
+        axes.scatter(*keys[others].T, s=14, color=GREY, label="⟨q, k⟩ < b: not reported")
         axes.scatter(*keys[found].T, s=22, color=BLUE, label="⟨q, k⟩ ≥ b: reported")
         along = np.array([-q[1], q[0]]) / np.linalg.norm(q)
         foot = b * q / (q @ q)

@@ -47,7 +47,8 @@ q, k, v = rng.standard_normal((3, 1, 1, 5000, 2), dtype=np.float32)
     "docs/transformers.md": """
 import tiny, torch
 import hsr_attention as hsr
-model, policy = tiny.model(), hsr.SoftmaxPolicy()
+model, tokenizer, policy = tiny.model(), tiny.tokenizer(), hsr.SoftmaxPolicy()
+tokenizer.pad_token = "</s>"
 inputs = {"input_ids": torch.arange(20)[None]}
 token = inputs["input_ids"][:, :1]
 """,
