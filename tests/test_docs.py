@@ -18,6 +18,7 @@ import sys
 from html.parser import HTMLParser
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
 import hsr_attention as hsr
@@ -270,3 +271,24 @@ def test_scalar_products_are_not_taken_for_html(site):
     _, out = site
     text = (out / "reference" / "attention.html").read_text(encoding="utf-8")
     assert "exp(scale ⟨q, k_j⟩)" in text
+
+
+@of_torch
+def test_pictures_can_be_drawn_again(tmp_path):
+    """From heads that are made up; a certificate or a band that is broken stops it."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    heads = {
+        f"{name}{layer}": rng.standard_normal((count, n, 64), dtype=np.float32)
+        for layer in (4, 7)
+        for name, count, n in (("q", 9, 16), ("k", 3, 700), ("v", 3, 700))
+    }
+    safetensors.save_file(heads, tmp_path / "heads.safetensors")
+    command = [sys.executable, str(ROOT / "docs" / "pictures.py")]
+    command += ["--heads", str(tmp_path / "heads.safetensors"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    shown = set(re.findall(r"pictures/(\w+\.png)", "".join(map(pages.text, PAGES))))
+    assert drawn and drawn <= shown and all((ROOT / "docs/pictures" / x).exists() for x in shown)
