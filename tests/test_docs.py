@@ -56,7 +56,7 @@ token = inputs["input_ids"][:, :1]
 }
 NEEDS = {"docs/experiments.md": "lm_eval"}  # not in the environment of `make test`
 TORCH = ("README.md", "docs/quickstart.md", "docs/transformers.md", "docs/relu_model.md")
-TORCH += ("docs/experiments.md",)
+TORCH += ("docs/experiments.md", "docs/extend/experiment.md")
 
 # Commands cheap enough to run every time. The others take minutes, or a model that must be downloaded.
 RUN = (
