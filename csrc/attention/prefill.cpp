@@ -31,6 +31,9 @@ constexpr double kSumExcess = 1.0001;
 // The part of epsilon that guessed thresholds aim at, and that they never exceed.
 constexpr double kAim = 0.85, kSpend = 0.99;
 constexpr size_t kSampleBlocks = 16;
+// Weights from here on, as a share of the mass, are never digits: a digit is then at most 2^-16 of the mass, and the
+// dither of thousands of small weights stays below 0.4 % of the spread of the values.
+constexpr double kLargestDigits = 1.0 / 512.0;
 // Of weights in digits: what the exponential is off by, less than 1e-4, and the rounding of logits.
 constexpr double kDigitExcess = 2e-4;
 
@@ -85,8 +88,8 @@ struct Workspace {
     std::vector<int8_t> digits;
     float units[kRowsAtOnce];
     uint32_t digit_sums[kRowsAtOnce * kRanges];
-    size_t mean_keys = 0;  // of the panel in hand, whose mean is in mean_value
-    uint32_t words;  // of 64 keys with a digit that is not zero
+    size_t mean_keys = 0;           // of the panel in hand, whose mean is in mean_value
+    uint32_t words;                 // of 64 keys with a digit that is not zero
     uint32_t* positions = nullptr;  // of the row in hand
     float* weights = nullptr;
     size_t* count = nullptr;
@@ -504,8 +507,7 @@ private:
             float* logits = space.logits.data() + slot * kPanelKeys;
             if (own % 64) std::fill(logits + own, logits + (own + 63) / 64 * 64, -kInf);
             if (row.mask) kernels().hide_masked(row.mask + first * kBlock, own, logits);
-            skipped +=
-                select(space, at + slot, head, first * kBlock + begin, own - begin, logits + begin, remaining);
+            skipped += select(space, at + slot, head, first * kBlock + begin, own - begin, logits + begin, remaining);
             kept += *space.count;
         }
         if (here == kRowsAtOnce && double(kept) > kDenseShare * double(here * (end - begin)))
@@ -625,7 +627,8 @@ private:
 
     // Keys from here on are weighed from full-precision rows.
     double exact_from(const Row& row, double remaining) const {
-        const double large = row.reference + quick_log2(settings_.exact_share * likely_mass(row, remaining));
+        const double share = std::min(settings_.exact_share, kLargestDigits);
+        const double large = row.reference + quick_log2(share * likely_mass(row, remaining));
         return settings_.rule == Rule::threshold ? std::min(row.threshold, large) : large;
     }
 
@@ -668,9 +671,8 @@ private:
             if (left <= budget_ * kSpend * mass || threshold == -double(kInf)) break;
             ++again_;
             const double room = budget_ * kSpend * mass - row.omitted;
-            threshold = tries < 3 && room > 0
-                            ? threshold - 1.0 - quick_log2(double(found.omitted) * factor / room)
-                            : -double(kInf);
+            threshold = tries < 3 && room > 0 ? threshold - 1.0 - quick_log2(double(found.omitted) * factor / room)
+                                              : -double(kInf);
         }
         row.omitted += double(found.omitted) * factor;
         const double mean_mass = double(found.omitted) / kLineMean;

@@ -331,8 +331,7 @@ inline void dot_typed(const uint8_t* rows, size_t stride, const uint32_t* keys, 
     const auto dot = [&](size_t key) {
         const uint8_t* row = rows + key * stride;
         f32x16 sum[2] = {};
-        for (int at = 0; at < whole; at += 16)
-            sum[at / 16 % 2] += load_row(Type, row, at) * load<f32x16>(query + at);
+        for (int at = 0; at < whole; at += 16) sum[at / 16 % 2] += load_row(Type, row, at) * load<f32x16>(query + at);
         if (whole < dim) sum[1] += load_row_part(Type, row, whole, dim - whole) * load<f32x16>(query + whole);
         return sum[0] + sum[1];
     };

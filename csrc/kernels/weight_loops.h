@@ -24,7 +24,7 @@ void code_values(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t*
             total += sum;
         }
         f32x16 step = (most - least) * (1.0f / 255.0f);
-        step = step > 1e-30f ? step : splat(1e-30f);
+        step = step > 1e-37f ? step : splat(1e-37f);
         const f32x16 inverse = 1.0f / step;
         const auto code = [&](size_t key) {
             const i32x16 c = __builtin_convertvector((value(key) - least) * inverse + 0.5f, i32x16);
@@ -44,8 +44,7 @@ void code_values(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t*
 // 2^t within 1e-4 of itself, for t <= 0: a minimax polynomial of degree 3 on [-1/2, 1/2].
 inline f32x16 power_of_two(f32x16 t) {
 #if defined(__AVX512VNNI__)
-    const f32x16 n =
-        (f32x16)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
     t = max_of(min_of(t, splat(0.0f)), splat(-126.0f));
@@ -61,8 +60,9 @@ inline f32x16 power_of_two(f32x16 t) {
 }
 
 // Of logits[count], a multiple of 64 (-inf is nothing), those in [from, exact_from) as digits
-// of 2^(logit - cap) * kDigits, cap >= all of them; each is off by less than one, up or down by its place, so that sums of many
-// small weights are neither. Those from exact_from on are listed; the mass of the others is bounded as in select_row.
+// of 2^(logit - cap) * kDigits, cap >= all of them; each is off by less than one, up or down by its place, so that sums
+// of many small weights are neither. Those from exact_from on are listed; the mass of the others is bounded as in
+// select_row.
 void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, int8_t* digits, uint32_t* positions,
                  float* exact, WeighedRow* out) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
