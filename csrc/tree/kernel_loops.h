@@ -16,12 +16,18 @@ namespace {
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
-typedef int64_t i64x8 __attribute__((vector_size(64)));
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
 inline f64x8 load8(const float* from) {
+#if defined(__AVX512F__)
+    return (f64x8)_mm512_cvtps_pd(_mm256_loadu_ps(from));  // GCC makes two halves of a conversion
+#else
     f32x8 value;
     __builtin_memcpy(&value, from, sizeof value);
     return __builtin_convertvector(value, f64x8);
+#endif
 }
 
 inline unsigned at_least(f64x8 x, double threshold) {
@@ -117,12 +123,8 @@ inline unsigned screened(const float* keys, int dim, const float* query32, float
 
 template <int D>
 inline unsigned without_excluded(const float* keys, int dim, const Search& search, unsigned mask) {
-    for (int i = 0; i < search.exclusions; ++i) {
-        const f64x8 scores = score_block<D>(keys, dim, search.excluded[i]);
-        unsigned above = 0;
-        for (int lane = 0; lane < kLanes; ++lane) above |= unsigned(scores[lane] > search.excluded_above[i]) << lane;
-        mask &= ~above;
-    }
+    for (int i = 0; i < search.exclusions; ++i)
+        mask &= ~at_least(score_block<D>(keys, dim, search.excluded[i]), search.excluded_from[i]);
     return mask;
 }
 
@@ -214,6 +216,80 @@ size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const
 #endif
     });
     return found;
+}
+
+inline f32x16 load16(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    const __m128i codes = _mm_loadu_si128((const __m128i*)from);
+    const __m256 half[2] = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
+                            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
+    f32x16 value;
+    __builtin_memcpy(&value, half, sizeof value);
+    return value;
+#else
+    u8x16 row;
+    __builtin_memcpy(&row, from, sizeof row);
+    return __builtin_convertvector(__builtin_convertvector(row, i32x16), f32x16);
+#endif
+}
+
+// What codes must add up to for a key to stay. The score of a key of leaf c is at most shift + <q, m> +
+// sum_j w_j (code_j - 127.5) + error S + slack, with w_j = q_j h_j / 127.5, S = sum_j |q_j| h_j and the leaf's box m +-
+// h. The slack covers the rounding of these sums in float64: they have at most 6 d + 21 roundings of terms of its unit.
+// In float32 a weight, a product and a sum lose at most 2^-24 each of sum_j |w_j| 255 = 2 S, so (2 d + 1) 2^-23 S
+// together; the limit 2^-24 of its size. Where S is so small or large that the range of float32 matters, codes do not
+// decide.
+template <int D>
+size_t open_blocks(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+                   unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks) {
+    const int d = D ? D : dim;
+    float weights[(D ? D : kMostCoded) * kLanes], limits[kLanes];
+    f64x8 middle = {}, width = {}, sum = {};
+    for (int j = 0; j < d; ++j) {
+        const f64x8 h = load8(volumes + (d + j) * kLanes), weight = h * half.query[j];
+        middle += load8(volumes + j * kLanes) * half.query[j];
+        width += h * half.magnitude[j];
+        sum += weight;
+        const f32x8 rounded = __builtin_convertvector(weight * (1 / kCodeCentre), f32x8);
+        __builtin_memcpy(weights + j * kLanes, &rounded, sizeof rounded);
+    }
+    const f64x8 least = half.threshold - half.shift - middle + sum - error * width - half.slack;
+    const f64x8 size = least < 0 ? -least : least;
+    const f32x8 rounded = __builtin_convertvector(least - (2 * d + 4) * 0x1p-23 * width - 0x1p-22 * size, f32x8);
+    __builtin_memcpy(limits, &rounded, sizeof limits);
+    const unsigned decided = at_least(width, 1e-30) & below(width, 1e30);
+    size_t found = 0;
+    for (; leaves; leaves &= leaves - 1) {
+        const int c = __builtin_ctz(leaves);
+        const uint8_t* row = codes + int64_t(begin[c]) * d;
+        for (int32_t first = begin[c]; first < end[c]; first += kCodeRun, row += d * kCodeRun) {
+            f32x16 scores = load16(row) * weights[c];
+            for (int j = 1; j < d; ++j) scores += load16(row + j * kCodeRun) * weights[j * kLanes + c];
+            f32x8 block[2];
+            __builtin_memcpy(block, &scores, sizeof block);
+            // Without a branch: which blocks stay open cannot be predicted.
+            const unsigned all = ~decided >> c & 1;
+            blocks[found] = first / kLanes;
+            found += (not_below(block[0], limits[c]) | all) != 0;
+            blocks[found] = first / kLanes + 1;
+            found += size_t((not_below(block[1], limits[c]) | all) != 0) & size_t(first + kLanes < end[c]);
+        }
+    }
+    return found;
+}
+
+// The hits of single blocks.
+template <int D>
+size_t scan_blocks(const float* blocks, int dim, const int32_t* list, size_t count, const Search& search,
+                   const int32_t* ids, PackedHit* hits) {
+    PackedHit* out = hits;
+    for (size_t i = 0; i < count; ++i) {
+        const f64x8 scores = score_block<D>(blocks + int64_t(list[i]) * kLanes * (D ? D : dim), dim, search.query);
+        out += pack_hits(int64_t(list[i]) * kLanes, scores, at_least(scores, search.threshold), ids, out);
+    }
+    return size_t(out - hits);
 }
 
 template <int D>
@@ -339,6 +415,16 @@ size_t any_scan(const float* blocks, int dim, int64_t begin, int64_t end, const 
 #define HSR_ARGUMENTS (blocks, dim, begin, end, search, first_id, ids, scores)
     HSR_BY_DIMENSION(scan_rows)
 #undef HSR_ARGUMENTS
+} size_t any_open_blocks(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+                         unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks){
+#define HSR_ARGUMENTS (codes, volumes, dim, half, error, leaves, begin, end, blocks)
+    HSR_BY_DIMENSION(open_blocks)
+#undef HSR_ARGUMENTS
+} size_t any_scan_blocks(const float* blocks, int dim, const int32_t* list, size_t count, const Search& search,
+                         const int32_t* ids, PackedHit* hits){
+#define HSR_ARGUMENTS (blocks, dim, list, count, search, ids, hits)
+    HSR_BY_DIMENSION(scan_blocks)
+#undef HSR_ARGUMENTS
 } int64_t any_count(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search) {
 #define HSR_ARGUMENTS (blocks, dim, begin, end, search)
     HSR_BY_DIMENSION(count)
@@ -368,8 +454,16 @@ unsigned any_classify(const float* volumes, int dim, const HalfSpace& half, cons
 #define HSR_TREE_NAME(x) HSR_TREE_QUOTE(x)
 namespace HSR_TREE_LEVEL {
 const Kernels& table() {
-    static const Kernels kernels{
-        HSR_TREE_NAME(HSR_TREE_LEVEL), any_scan, any_scan_rows, any_count, any_score, any_bounds, any_classify, spread};
+    static const Kernels kernels{HSR_TREE_NAME(HSR_TREE_LEVEL),
+                                 any_scan,
+                                 any_scan_rows,
+                                 any_open_blocks,
+                                 any_scan_blocks,
+                                 any_count,
+                                 any_score,
+                                 any_bounds,
+                                 any_classify,
+                                 spread};
     return kernels;
 }
 }  // namespace HSR_TREE_LEVEL
