@@ -40,4 +40,6 @@ class PartitionTreeIndex(LogarithmicIndex):
         super().__init__(keys)
 
     def _build(self, keys: NDArray[np.float32], ids: NDArray[np.int64]) -> Any:
-        return _native.PartitionTree(keys, ids, self._leaf_size or (64 if keys.shape[1] <= 3 else 128))
+        return _native.PartitionTree(
+            keys, ids, self._leaf_size or (64 if keys.shape[1] <= 3 else 128)
+        )
