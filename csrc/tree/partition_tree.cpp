@@ -34,56 +34,70 @@ struct Item {
 };
 
 // The direction of largest variance of a sample of rows [count][dim], by a few steps of power iteration.
+template <int D>
 void principal_direction(int dim, const float* rows, const Item* items, int64_t count, float* direction) {
     constexpr int64_t kRows = 128;
+    const int d = D ? D : dim;
     const int64_t take = std::min(count, kRows);
-    thread_local std::vector<double> centred, mean, covariance, next, axis;
-    centred.resize(size_t(take * dim));
-    mean.assign(size_t(dim), 0);
-    covariance.assign(size_t(dim * dim), 0);
-    next.resize(size_t(dim));
+    thread_local std::vector<double> room;
+    room.assign(size_t(d * (take + d + 3)), 0);
+    double *const mean = room.data(), *const covariance = mean + d, *axis = covariance + d * d, *next = axis + d;
+    double* const centred = next + d;  // [d][take]
     for (int64_t i = 0; i < take; ++i) {
-        const float* row = rows + int64_t(items[i * count / take].row) * dim;
-        for (int j = 0; j < dim; ++j) mean[size_t(j)] += (centred[size_t(i * dim + j)] = row[j]);
+        const float* row = rows + int64_t(items[i * count / take].row) * d;
+        for (int j = 0; j < d; ++j) mean[j] += (centred[j * take + i] = row[j]);
     }
-    for (double& m : mean) m /= double(take);
-    for (int64_t i = 0; i < take; ++i) {
-        double* row = centred.data() + i * dim;
-        for (int j = 0; j < dim; ++j) row[j] -= mean[size_t(j)];
-        for (int j = 0; j < dim; ++j)
-            for (int k = 0; k <= j; ++k) covariance[size_t(j * dim + k)] += row[j] * row[k];
+    for (int j = 0; j < d; ++j) {
+        mean[j] /= double(take);
+        for (int64_t i = 0; i < take; ++i) centred[j * take + i] -= mean[j];
     }
     int widest = 0;
-    for (int j = 0; j < dim; ++j) {
-        for (int k = 0; k < j; ++k) covariance[size_t(k * dim + j)] = covariance[size_t(j * dim + k)];
-        if (covariance[size_t(j * dim + j)] > covariance[size_t(widest * dim + widest)]) widest = j;
+    for (int j = 0; j < d; ++j) {
+        for (int k = 0; k <= j; ++k) {
+            constexpr int kSums = 4;  // independent, so that they run side by side
+            double sums[kSums] = {};
+            const double *x = centred + j * take, *y = centred + k * take;
+            int64_t i = 0;
+            for (; i + kSums <= take; i += kSums)
+                for (int s = 0; s < kSums; ++s) sums[s] += x[i + s] * y[i + s];
+            for (; i < take; ++i) sums[0] += x[i] * y[i];
+            covariance[k * d + j] = covariance[j * d + k] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        }
+        if (covariance[j * d + j] > covariance[widest * d + widest]) widest = j;
     }
-    axis.assign(covariance.begin() + widest * dim, covariance.begin() + (widest + 1) * dim);
+    for (int j = 0; j < d; ++j) axis[j] = covariance[widest * d + j];
     for (int step = 0;; ++step) {
         double largest = 0;
-        for (double x : axis) largest = std::max(largest, std::fabs(x));
+        for (int j = 0; j < d; ++j) largest = std::max(largest, std::fabs(axis[j]));
         if (!(largest > 0)) {  // all equal: any direction
-            axis.assign(size_t(dim), 0);
-            axis[0] = largest = 1;
+            for (int j = 0; j < d; ++j) axis[j] = j == 0;
+            largest = 1;
         }
-        for (double& x : axis) x /= largest;
+        for (int j = 0; j < d; ++j) axis[j] /= largest;
         if (step == 6) break;
-        for (int j = 0; j < dim; ++j) {
-            next[size_t(j)] = 0;
-            for (int k = 0; k < dim; ++k) next[size_t(j)] += covariance[size_t(j * dim + k)] * axis[size_t(k)];
+        for (int j = 0; j < d; ++j) {
+            next[j] = 0;
+            for (int k = 0; k < d; ++k) next[j] += covariance[j * d + k] * axis[k];
         }
         std::swap(axis, next);
     }
-    for (int j = 0; j < dim; ++j) direction[j] = float(axis[size_t(j)]) / float(dim);
+    for (int j = 0; j < d; ++j) direction[j] = float(axis[j]) / float(d);
 }
 
+// Keys of a run along the direction of its largest variance.
 template <int D>
-void project(int dim, const float* rows, const float* direction, Item* items, int64_t count) {
+void project(int dim, const float* rows, Item* items, int64_t count) {
     const int d = D ? D : dim;
+    thread_local std::vector<float> direction;
+    direction.resize(size_t(d));
+    principal_direction<D>(dim, rows, items, count, direction.data());
+    float axis[D ? D : 1];
+    if (D) std::copy(direction.begin(), direction.end(), axis);
+    const float* const along = D ? axis : direction.data();
     for (int64_t i = 0; i < count; ++i) {
         const float* row = rows + int64_t(items[i].row) * d;
-        float key = row[0] * direction[0];
-        for (int j = 1; j < d; ++j) key += row[j] * direction[j];
+        float key = row[0] * along[0];
+        for (int j = 1; j < d; ++j) key += row[j] * along[j];
         items[i].key = key;
     }
 }
@@ -169,19 +183,16 @@ struct PartitionTree::Builder {
         const int32_t children = (end - begin + child_size - 1) / child_size;
         if (children <= 1) return add_child(node, begin, end);
         const int32_t middle = begin + (children + 1) / 2 * child_size;
-        thread_local std::vector<float> direction;
-        direction.resize(size_t(dim));
-        principal_direction(dim, shared.rows.data(), shared.items.data() + begin, end - begin, direction.data());
         Item* run = shared.items.data() + begin;
         switch (dim) {
-            case 2: project<2>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 3: project<3>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 4: project<4>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 5: project<5>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 6: project<6>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 7: project<7>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 8: project<8>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            default: project<0>(dim, shared.rows.data(), direction.data(), run, end - begin);
+            case 2: project<2>(dim, shared.rows.data(), run, end - begin); break;
+            case 3: project<3>(dim, shared.rows.data(), run, end - begin); break;
+            case 4: project<4>(dim, shared.rows.data(), run, end - begin); break;
+            case 5: project<5>(dim, shared.rows.data(), run, end - begin); break;
+            case 6: project<6>(dim, shared.rows.data(), run, end - begin); break;
+            case 7: project<7>(dim, shared.rows.data(), run, end - begin); break;
+            case 8: project<8>(dim, shared.rows.data(), run, end - begin); break;
+            default: project<0>(dim, shared.rows.data(), run, end - begin);
         }
         std::nth_element(shared.items.begin() + begin, shared.items.begin() + middle, shared.items.begin() + end,
                          [](const Item& a, const Item& b) { return a.key < b.key; });
@@ -223,26 +234,30 @@ struct PartitionTree::Builder {
     }
 
     static void bound(const Node& node, int dim, const float* rows, float* volumes) {
-        std::vector<double> low(size_t(dim), 0), high(size_t(dim), 0), centre(size_t(dim), 0);
+        std::vector<float> low(size_t(dim), 0), high(size_t(dim), 0), middle(size_t(dim), 0);
         for (int c = 0; c < node.children; ++c) {
             const float* first = rows + int64_t(node.begin[c]) * dim;
             const float* last = rows + int64_t(node.end[c]) * dim;
-            for (int j = 0; j < dim; ++j) low[size_t(j)] = high[size_t(j)] = first < last ? first[j] : 0;
-            for (const float* row = first; row < last; row += dim)
-                for (int j = 0; j < dim; ++j) {
-                    low[size_t(j)] = std::min(low[size_t(j)], double(row[j]));
-                    high[size_t(j)] = std::max(high[size_t(j)], double(row[j]));
-                }
             for (int j = 0; j < dim; ++j) {
-                const float middle = float((low[size_t(j)] + high[size_t(j)]) / 2);
-                centre[size_t(j)] = middle;
-                volumes[j * kFan + c] = middle;
-                volumes[(dim + j) * kFan + c] = round_up(std::max(high[size_t(j)] - middle, middle - low[size_t(j)]));
+                float least = first < last ? first[j] : 0, most = least;
+                for (const float* row = first; row < last; row += dim) {
+                    least = std::min(least, row[j]);
+                    most = std::max(most, row[j]);
+                }
+                middle[size_t(j)] = float((double(least) + most) / 2);
+                low[size_t(j)] = least;
+                high[size_t(j)] = most;
+            }
+            for (int j = 0; j < dim; ++j) {
+                const double centre = middle[size_t(j)];
+                volumes[j * kFan + c] = middle[size_t(j)];
+                volumes[(dim + j) * kFan + c] = round_up(std::max(high[size_t(j)] - centre, centre - low[size_t(j)]));
             }
             double largest = 0;
             for (const float* row = first; row < last; row += dim) {
                 double square = 0;
-                for (int j = 0; j < dim; ++j) square += (row[j] - centre[size_t(j)]) * (row[j] - centre[size_t(j)]);
+                for (int j = 0; j < dim; ++j)
+                    square += (row[j] - double(middle[size_t(j)])) * (row[j] - double(middle[size_t(j)]));
                 largest = std::max(largest, square);
             }
             volumes[2 * dim * kFan + c] = round_up(std::sqrt(largest) * (1 + (dim + 4) * kUnit));
@@ -276,7 +291,8 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
                            node.end[c] - node.begin[c]);
         }
     });
-    leaves_ = blocked(dim, keys, order_.data(), size);
+    // Without a frame the rows are the keys, in tree order.
+    leaves_ = axes_ ? blocked(dim, keys, order_.data(), size) : blocked(dim, shared.rows.data(), nullptr, size);
     if (dim > 3 && dim <= kMostCoded && leaf_size % kCodeRun == 0) encode(shared.rows.data());
 
     // Rounding of a bound and of a score. Let M be the largest coordinate, u the unit. Centres are at most M,
