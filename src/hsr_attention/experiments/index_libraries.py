@@ -30,7 +30,7 @@ OURS: dict[str, Callable[[Any], Any]] = {
     "partition_tree": PartitionTreeIndex,
     "shallow_cutting": ShallowCuttingIndex,
 }
-SLOW_SECONDS = 2.0  # of the queries of a repetition: a slow library answers fewer
+SLOW_SECONDS = 0.5  # of the queries of a repetition: a slow library answers fewer
 
 
 @dataclass(frozen=True)
