@@ -347,7 +347,7 @@ void ConvexLayers::open_children(Walk& walk, const Node& node) const {
 }
 
 void ConvexLayers::gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const {
-    constexpr int kTogether = 8;
+    constexpr int kTogether = 16;
     Walk walks[kTogether];
     int running = 0;
     while (which || running) {

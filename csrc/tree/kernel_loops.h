@@ -121,6 +121,41 @@ inline unsigned screened(const float* keys, int dim, const float* query32, float
     return blocks;
 }
 
+// Which of 16 keys, two neighbouring blocks, the screen lets through.
+template <int D>
+struct PairScreen {
+    const float* query;
+    float limit;
+    int dim;
+#if defined(__AVX512F__)
+    __m512 rows[D / 2 + 1];  // query_2j in the lower eight lanes, query_2j+1 in the upper ones
+#endif
+    PairScreen(const Search& search, int dimension) : query(search.query32), limit(search.screen), dim(dimension) {
+#if defined(__AVX512F__)
+        for (int j = 0; j < D / 2; ++j)
+            rows[j] = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(query[2 * j]), _mm512_set1_ps(query[2 * j + 1]));
+#endif
+    }
+    unsigned operator()(const float* keys) const {
+        const int stride = kLanes * (D ? D : dim);
+#if defined(__AVX512F__)
+        if constexpr (D > 0 && D % 2 == 0) {  // a register is two rows of a block
+            __m512 first = _mm512_mul_ps(_mm512_loadu_ps(keys), rows[0]);
+            __m512 second = _mm512_mul_ps(_mm512_loadu_ps(keys + stride), rows[0]);
+            for (int j = 1; j < D / 2; ++j) {
+                first = _mm512_fmadd_ps(_mm512_loadu_ps(keys + 2 * j * kLanes), rows[j], first);
+                second = _mm512_fmadd_ps(_mm512_loadu_ps(keys + stride + 2 * j * kLanes), rows[j], second);
+            }
+            const __m512 sum =
+                _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x44), _mm512_shuffle_f32x4(first, second, 0xee));
+            return _mm512_cmp_ps_mask(sum, _mm512_set1_ps(limit), _CMP_NLT_UQ);
+        }
+#endif
+        return not_below(score_block32<D>(keys, dim, query), limit) |
+               not_below(score_block32<D>(keys + stride, dim, query), limit) << kLanes;
+    }
+};
+
 template <int D>
 inline unsigned without_excluded(const float* keys, int dim, const Search& search, unsigned mask) {
     for (int i = 0; i < search.exclusions; ++i)
@@ -144,17 +179,33 @@ inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, c
         emit(block * kLanes, scores, mask);
     };
     int64_t block = begin / kLanes;
-    const float* const query32 = search.query32;
-    if (!query32) {
+    if (!search.query32) {
         for (; block <= last; ++block) decide(block);
         return;
     }
-    const float screen = search.screen;
-    for (; block + kGroup <= last + 1; block += kGroup)
-        for (unsigned open = screened<D>(blocks + block * stride, dim, query32, screen); open; open &= open - 1)
-            decide(block + __builtin_ctz(open));
-    for (; block <= last; ++block)
-        if (not_below(score_block32<D>(blocks + block * stride, dim, query32), screen)) decide(block);
+    // First which blocks are open, then their scores: a branch on each mask would be mispredicted wherever hits are
+    // neither rare nor dense.
+    constexpr int64_t kChunk = 128;
+    uint8_t open[kChunk + 1];
+    const PairScreen<D> screen(search, dim);
+    for (; block <= last; block += kChunk) {
+        const int64_t count = last + 1 - block < kChunk ? last + 1 - block : kChunk;
+        const float* keys = blocks + block * stride;
+        int found = 0;
+        int64_t b = 0;
+        for (; b + 2 <= count; b += 2, keys += 2 * stride) {
+            const unsigned bits = screen(keys);
+            open[found] = uint8_t(b);
+            found += (bits & 0xff) != 0;
+            open[found] = uint8_t(b + 1);
+            found += bits >> kLanes != 0;
+        }
+        if (b < count) {
+            open[found] = uint8_t(b);
+            found += not_below(score_block32<D>(keys, dim, search.query32), search.screen) != 0;
+        }
+        for (int i = 0; i < found; ++i) decide(block + open[i]);
+    }
 }
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
