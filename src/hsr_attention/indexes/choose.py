@@ -26,16 +26,17 @@ KINDS: dict[str, Callable[[Any], HalfspaceIndex]] = {
 }
 
 # Keys that a partition tree scores for a query, as share * n^exponent, measured on Gaussian keys
-# with reports of 100 (d <= 3) or 1,000 keys between n = 1e5 and 1e6 (d = 5 and 7 lie between their
-# neighbours): `hsr bench index`, see docs/indexes.md. Scoring in scattered leaves, the walk to them
-# included, costs SCATTER times as much a key as a scan.
+# with reports of 100 (d <= 3) or 1,000 keys at n = 1e5 and 1e6: `hsr bench index`, see
+# docs/indexes.md. In leaves, which are read as codes here and there, a key of any dimension costs
+# as much as LEAF_FLOATS floats of a scan.
 TREE_SCORED = {
-    1: (120.0, 0.10), 2: (340.0, 0.035), 3: (325.0, 0.126), 4: (1600.0, 0.148),
-    5: (1410.0, 0.208), 6: (1160.0, 0.271), 7: (670.0, 0.35), 8: (370.0, 0.43),
+    1: (135.0, 0.0), 2: (119.0, 0.124), 3: (487.0, 0.090), 4: (1613.0, 0.180),
+    5: (1677.0, 0.232), 6: (910.0, 0.323), 7: (373.0, 0.428), 8: (137.0, 0.534),
 }  # fmt: skip
-SCATTER = 2.5
+LEAF_FLOATS = 12.0
 LARGEST_TREE_DIM = max(TREE_SCORED)
-CALL = 3e-6  # seconds that a query of a structure costs before it looks at keys
+CALL = 6.5e-6  # seconds that a query costs before it looks at keys
+DESCENT = 0.5e-6  # and one of a structure before it reaches leaves
 SKETCH_FROM_DIM = 16  # below, the codes of a sketch are hardly shorter than the keys
 
 
@@ -57,11 +58,12 @@ def expected_seconds(kind: str, n: int, head_dim: int) -> float:
     """Return what the model expects of a query that reports few keys."""
     scan = scan_seconds_per_float() * head_dim
     if kind == "flat":
-        return scan * n
+        return CALL + scan * n
     if kind == "convex_layers":
-        return CALL
+        return CALL + DESCENT
     share, exponent = TREE_SCORED[min(head_dim, LARGEST_TREE_DIM)]
-    return CALL + SCATTER * scan * min(n, share * n**exponent)
+    leaves = LEAF_FLOATS * scan_seconds_per_float() * min(n, share * n**exponent)
+    return CALL + DESCENT + leaves
 
 
 def choose(n: int, head_dim: int) -> tuple[str, str]:
