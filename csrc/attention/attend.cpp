@@ -26,6 +26,8 @@ constexpr size_t kSampleBlocks = 64;           // read to guess where epsilon of
 constexpr double kWideBand = 6.0;
 // A block is refined when its 16 keys together may weigh as much as this many keys at the threshold.
 constexpr float kBlockWeight = 8.0f;
+// Of a float32 weight exp(x), relative: 2e-7 (1 + |x|), and x lies between -87, below which it is 0, and the band.
+constexpr double kFloatWeight = 2e-5;
 // Weights are taken relative to the largest estimate; a true logit may exceed it by the band, and
 // exp(band) times n must stay inside float32. Beyond, the next finer scan is used.
 constexpr double kSafeBand = 30.0;
@@ -74,17 +76,20 @@ struct Tile {
 
 struct KeptLists {
     static constexpr size_t capacity = kSelectBlocks * kBlock + 16;
+    static constexpr size_t exact_capacity = kChunkKeys + 16;  // of a whole chunk
     KeptKeys kept{};
-    std::vector<uint32_t> positions = std::vector<uint32_t>((1 + kTile) * capacity);
+    std::vector<uint32_t> positions = std::vector<uint32_t>(capacity + kTile * exact_capacity);
     std::vector<float> scaled;
+    size_t exact_count[kTile];
 
     void reserve(int groups) {
         if (scaled.size() < size_t(groups) * kTile * capacity) scaled.resize(size_t(groups) * kTile * capacity);
         kept.capacity = capacity;
         kept.keys = positions.data();
         kept.scaled = scaled.data();
-        for (int q = 0; q < kTile; ++q) kept.exact[q] = positions.data() + size_t(1 + q) * capacity;
+        for (int q = 0; q < kTile; ++q) exact_count[q] = 0;
     }
+    uint32_t* exact(int q) { return positions.data() + capacity + size_t(q) * exact_capacity; }
 };
 
 struct Workspace {
@@ -147,6 +152,22 @@ private:
         if (in_float64())
             return settings_.scale * kernels().dot64(cache_.dtype(), row, tile.vector[q], cache_.key_dim());
         return settings_.scale * double(kernels().dot(cache_.dtype(), row, tile.vector[q], cache_.key_dim()));
+    }
+
+    void read_logits(const Tile& tile, int q, const uint32_t* keys, size_t count, double* logits) const {
+        if (!in_float64()) {
+            for (size_t i = 0; i < count; ++i) logits[i] = logit(tile, q, keys[i]);
+            return;
+        }
+        const RowStore& rows = cache_.keys();
+        kernels().dot_rows64(rows.dtype(), rows.row(0, store_head(tile)), rows.token_bytes(), keys, count,
+                             tile.vector[q], cache_.key_dim(), logits);
+        for (size_t i = 0; i < count; ++i) logits[i] *= settings_.scale;
+    }
+    // Beside a sketched tail, float32 weights are precise enough (kFloatWeight pays for them in the certificate); not
+    // for a full scan, whose logits may be so large that rounding them moves weights by many nats.
+    bool weighs_in_float32(const Tile& tile) const {
+        return reads_value_codes() && !in_float64() && tile.scan != Scan::full;
     }
 
     void prepare_wave(size_t first, size_t count, size_t tiles_per_head, size_t stride) {
@@ -567,26 +588,30 @@ private:
         const size_t last = std::min((chunk + 1) * chunk_blocks_, tile.blocks);
         for (size_t first = chunk * chunk_blocks_; first < last; first += kSelectBlocks) {
             const size_t count = std::min(kSelectBlocks, last - first);
+            for (int q = 0; q < tile.count; ++q) kept.exact[q] = lists.exact(q) + lists.exact_count[q];
             if (tile.scan == Scan::full)
                 select_full(tile, first * kBlock, count * kBlock, kept, sums);
             else
                 select_coded(tile, first, count, kept, sums);
             // Full-precision rows lie far apart: they are on their way while the value codes are read.
-            for (int q = 0; q < tile.count; ++q)
+            for (int q = 0; q < tile.count; ++q) {
                 for (size_t i = 0; i < kept.exact_count[q]; ++i) fetch_rows(tile, kept.exact[q][i]);
+                lists.exact_count[q] += kept.exact_count[q];
+                part.kept[q] += kept.kept[q];
+            }
             if (kept.count)
                 kernels().accumulate_codes(cache_.value_sketch(store_head(tile)).rows(), cache_.value_dim(), &kept,
                                            tile.count, accumulators);
-            for (int q = 0; q < tile.count; ++q) {
-                part.kept[q] += kept.kept[q];
-                part.exact[q] += int64_t(kept.exact_count[q]);
-                if (collects())
-                    for (size_t i = 0; i < kept.exact_count[q]; ++i)
-                        space_->candidates[piece * kTile + size_t(q)].push_back(
-                            {kept.exact[q][i], logit(tile, q, kept.exact[q][i])});
-                else
-                    add_exact(tile, q, kept.exact[q], kept.exact_count[q], part, accumulators + size_t(q) * width);
-            }
+        }
+        for (int q = 0; q < tile.count; ++q) {
+            const size_t count = lists.exact_count[q];
+            part.exact[q] = int64_t(count);
+            if (collects())
+                for (size_t i = 0; i < count; ++i)
+                    space_->candidates[piece * kTile + size_t(q)].push_back(
+                        {lists.exact(q)[i], logit(tile, q, lists.exact(q)[i])});
+            else
+                add_exact(tile, q, lists.exact(q), count, part, accumulators + size_t(q) * width);
         }
         for (int q = 0; q < tile.count; ++q) {
             part.omitted[q] += sums.omitted[q];
@@ -649,22 +674,31 @@ private:
 
     // Keys read at full precision: those of `keys` that the rule keeps, with their values.
     void add_exact(const Tile& tile, int q, uint32_t* keys, size_t count, Partial& part, float* accumulator) const {
-        static thread_local std::vector<double> logits;
+        if (count == 0) return;
         static thread_local std::vector<float> weights;
-        logits.resize(count);
-        weights.resize(count);
-        double top = -double(kInf);
-        for (size_t i = 0; i < count; ++i) top = std::max(top, logits[i] = logit(tile, q, keys[i]));
-        if (relu()) raise_top(part, q, top - tile.threshold[q], accumulator);
+        weights.resize(count + 3);  // the kernel writes four at a time
         size_t kept = 0;
-        for (size_t i = 0; i < count; ++i) {
-            const double weight = weight_of(tile, q, logits[i], part);
-            if (!(weight > 0)) continue;
-            keys[kept] = keys[i];
-            weights[kept] = float(weight);
-            part.exact_mass[q] += double(weights[kept++]);
+        if (weighs_in_float32(tile)) {
+            const RowStore& rows = cache_.keys();
+            kernels().dot_rows(rows.dtype(), rows.row(0, store_head(tile)), rows.token_bytes(), keys, count,
+                               tile.vector[q], cache_.key_dim(), float(settings_.scale), weights.data());
+            kernels().exp_into(weights.data(), count, float(tile.reference[q]), weights.data());
+            for (; kept < count; ++kept) part.exact_mass[q] += double(weights[kept]);
+        } else {
+            static thread_local std::vector<double> logits;
+            logits.resize(count);
+            read_logits(tile, q, keys, count, logits.data());
+            if (relu()) raise_top(part, q, *std::max_element(logits.begin(), logits.end()) - tile.threshold[q],
+                                  accumulator);
+            for (size_t i = 0; i < count; ++i) {
+                const double weight = weight_of(tile, q, logits[i], part);
+                if (!(weight > 0)) continue;
+                keys[kept] = keys[i];
+                weights[kept] = float(weight);
+                part.exact_mass[q] += double(weights[kept++]);
+            }
+            part.kept[q] -= int64_t(count - kept);
         }
-        part.kept[q] -= int64_t(count - kept);
         const RowStore& rows = cache_.values();
         kernels().accumulate_rows(rows.dtype(), rows.row(0, store_head(tile)), rows.token_bytes(), keys, weights.data(),
                                   kept, cache_.value_dim(), accumulator);
@@ -755,7 +789,7 @@ private:
         const double omitted = (total.omitted[0] + total.left[0] + tail.omitted[q]) * 1.0001 +
                                (certify() ? double(tile.seen[q]) * 1.7e-38 : 0.0);
         // exp(-band) >= 1 - band
-        const double surely = exact_mass * std::max(0.0, 1 - tile.float_slack[q]) +
+        const double surely = exact_mass * std::max(0.0, 1 - tile.float_slack[q] - kFloatWeight) +
                               std::max(0.0, total.sketched[0] * 0.9999 - total.weight_band[0] * 1.0001);
         if (bounds_mass() && tile.selection[q].threshold > -kInf && omitted > settings_.epsilon * (surely + omitted)) {
             Selection& selection = tile.selection[q];
@@ -826,7 +860,7 @@ private:
                              (cache_.key_dim() / 16.0 + 8.0) * 1.2e-16;
         const double exact_error =
             relu() ? double(tile.seen[q]) * std::expm1(settings_.power * std::log1p(slack / relu_top))
-                   : exact_mass * std::expm1(2 * tile.float_slack[q] + 1e-6);
+                   : exact_mass * std::expm1(2 * tile.float_slack[q] + (weighs_in_float32(tile) ? kFloatWeight : 1e-6));
         const double wrong = (omitted + total.weight_band[0] * tile.selection[q].growth * 1.0001 + exact_error) / mass;
         double bound = 0, variance = 0, spread = 0, largest = 0;
         for (int i = 0; i < cache_.value_dim(); ++i) {

@@ -250,17 +250,24 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
                 reference[q] = highest;
             }
         }
-        for (size_t block = 0; block < count; ++block, codes += bytes + 64) {
-            const f32x16 step = from_bfloat16(load<u16x16>(codes + bytes)),
-                         residual = from_bfloat16(load<u16x16>(codes + bytes + 32));
-            for (int q = 0; q < Count; ++q) {
-                const CodedQuery& query = queries[q];
-                const f32x16 estimate = load<f32x16>(here + q * stride + block * 16);
-                const f32x16 upper = estimate + (query.slope4 * residual + query.slope4_step * step + query.slack);
-                sum[q] += exp_coarse(estimate, reference[q]);
-                store(here + q * stride + block * 16, upper);
-                block_masses[q * mass_stride + first + block] = sum_of(exp_coarse(upper, reference[q]));
+        CoarseExp weight_of[Count];
+        for (int q = 0; q < Count; ++q) weight_of[q] = CoarseExp(reference[q]);
+        for (size_t block = 0; block < kGroup; block += 4) {  // what lies behind `blocks` weighs nothing
+            f32x16 upper_mass[Count][4] = {};
+            for (size_t b = 0; b < 4 && block + b < count; ++b, codes += bytes + 64) {
+                const f32x16 step = from_bfloat16(load<u16x16>(codes + bytes)),
+                             residual = from_bfloat16(load<u16x16>(codes + bytes + 32));
+                for (int q = 0; q < Count; ++q) {
+                    const CodedQuery& query = queries[q];
+                    float* own = here + q * stride + (block + b) * 16;
+                    const f32x16 estimate = load<f32x16>(own);
+                    const f32x16 upper = estimate + (query.slope4 * residual + query.slope4_step * step + query.slack);
+                    sum[q] += weight_of[q](estimate);
+                    store(own, upper);
+                    upper_mass[q][b] = weight_of[q](upper);
+                }
             }
+            for (int q = 0; q < Count; ++q) sums_of_4(upper_mass[q], block_masses + q * mass_stride + first + block);
         }
     }
     for (int q = 0; q < Count; ++q) {
@@ -427,7 +434,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
                         int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
                         const Selection* selection, const float* uppers, size_t stride, const float* block_masses,
                         size_t mass_stride, KeptKeys* kept, SelectionSums* sums) {
-    constexpr int kMaxGroups = kMaxHeadDim / kValueGroup, kAhead = 3;
+    constexpr int kMaxGroups = kMaxHeadDim / kValueGroup, kAhead = 5;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     const int groups = (value_dim + kValueGroup - 1) / kValueGroup;
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
