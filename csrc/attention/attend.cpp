@@ -63,11 +63,14 @@ struct Tile {
     float vector[kTile][kMaxHeadDim];
     Scan scan;
     size_t blocks, chunks;  // coded blocks any of the queries may see
-    float* uppers;          // upper bounds of the logits of coded keys, [count] rows of `stride`
+    // Upper bounds of the logits of coded keys, [count] rows of `stride`; with `by_block` only the estimates of every
+    // `sample_step`-th block, side by side.
+    float* uppers;
     size_t stride;
     float* block_masses;  // rule epsilon, four bits: upper masses of coded blocks, [count] rows of `mass_stride`
     size_t mass_stride;
     bool by_block;  // block_masses are complete and decide which blocks are refined
+    size_t sample_step;
     Selection selection[kTile];
     double tail_logit[kTile][kBlock];  // keys behind the coded blocks; -inf: not seen
     size_t partial_at;
@@ -195,6 +198,8 @@ private:
             tile.scan = kind_of_scan(tile, cache_.key_sketch(store_head(tile)));
             tile.by_block =
                 settings_.rule == Rule::epsilon && tile.scan == Scan::four && !hides(tile, 0, tile.blocks * kBlock);
+            // With block masses only the keys left out after refinement are guessed from the sample.
+            tile.sample_step = std::max<size_t>(1, tile.blocks / (tile.by_block ? kSampleBlocks : 4 * kSampleBlocks));
         }
         chunks_of_wave_.clear();
         for (size_t t = 0; t < count; ++t) {
@@ -340,9 +345,11 @@ private:
             return;
         }
         if (tile.scan == Scan::four && !hides(tile, first * kBlock, count * kBlock)) {
-            kernels().scan_mass(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates,
-                                tile.stride, maxima, masses, tile.block_masses + first, tile.mass_stride);
+            kernels().scan_mass(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count,
+                                tile.by_block ? nullptr : estimates, tile.stride, maxima, masses,
+                                tile.block_masses + first, tile.mass_stride);
             std::copy(maxima, maxima + tile.count, tops);
+            if (tile.by_block) score_sample(tile, first, count);
             return;
         }
         // Maxima of these would count hidden keys: they are taken again below.
@@ -360,6 +367,14 @@ private:
             kernels().bounds(sketch.high(first), sketch.low(first), cache_.key_dim(), count, &tile.coded[q],
                              tile.scan == Scan::eight, own, 1.0f, own);
         }
+    }
+
+    void score_sample(const Tile& tile, size_t first, size_t count) const {
+        const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+        float unused[kTile] = {};
+        for (size_t i = (first + tile.sample_step - 1) / tile.sample_step; i * tile.sample_step < first + count; ++i)
+            kernels().scan(sketch.high(i * tile.sample_step), cache_.key_dim(), 1, tile.coded, tile.count,
+                           tile.uppers + i * kBlock, tile.stride, unused);
     }
 
     // Every logit at full precision; tops are the very numbers that `logit` gives again later.
@@ -470,25 +485,26 @@ private:
     // sample of the keys. `finish` measures what was omitted and asks again if it was too much.
     float tail_threshold(Tile& tile, int q) {
         if (tile.blocks == 0) return -kInf;
-        // With block masses only the keys left out after refinement are guessed from the sample.
-        const size_t wanted = tile.by_block ? kSampleBlocks : 4 * kSampleBlocks;
-        const size_t step = std::max<size_t>(1, tile.blocks / wanted);
-        const size_t blocks = (tile.blocks + step - 1) / step;
+        const size_t step = tile.sample_step, blocks = (tile.blocks + step - 1) / step, count = blocks * kBlock;
         static thread_local std::vector<float> buffer;
-        buffer.resize(4 * blocks * kBlock + blocks);
-        float *estimates = buffer.data(), *uppers = estimates + blocks * kBlock, *weights = uppers + blocks * kBlock,
-              *upper_weights = weights + blocks * kBlock, *sampled = upper_weights + blocks * kBlock;
-        for (size_t i = 0; i < blocks; ++i) {
-            const size_t block = i * step;
-            const float* from = tile.uppers + size_t(q) * tile.stride + block * kBlock;
-            std::copy(from, from + kBlock, uppers + i * kBlock);
-            sampled[i] = tile.by_block ? tile.block_masses[size_t(q) * tile.mass_stride + block] : 0.0f;
-            away_from_upper(tile, q, block, 1, -1.0f, from, estimates + i * kBlock);
-        }
-        const size_t count = blocks * kBlock;
+        buffer.resize(4 * count + blocks);
+        float *estimates = buffer.data(), *uppers = estimates + count, *weights = uppers + count,
+              *upper_weights = weights + count, *sampled = upper_weights + count;
         const float reference = float(tile.reference[q]);
+        const float* own = tile.uppers + size_t(q) * tile.stride;
+        if (tile.by_block) {
+            std::copy(own, own + count, estimates);
+            for (size_t i = 0; i < blocks; ++i)
+                sampled[i] = tile.block_masses[size_t(q) * tile.mass_stride + i * step];
+        } else {
+            for (size_t i = 0; i < blocks; ++i) {
+                const float* from = own + i * step * kBlock;
+                std::copy(from, from + kBlock, uppers + i * kBlock);
+                away_from_upper(tile, q, i * step, 1, -1.0f, from, estimates + i * kBlock);
+            }
+            kernels().exp_into(uppers, count, reference, upper_weights);
+        }
         kernels().exp_into(estimates, count, reference, weights);
-        kernels().exp_into(uppers, count, reference, upper_weights);
         // 0.7: a margin for the sampling, so that a second selection is rare.
         const double allowed = 0.7 * settings_.epsilon * tile.mass[q] / double(step);
         // A key that alone holds more than epsilon of the mass cannot be left out.

@@ -52,6 +52,13 @@ struct CodedQuery {
     float slope4, slope4_step, slope8, slope8_step, slack;
 };
 
+// What splitting a rotated query into digits gives: y ~ step (high + low / 254), sums of the digits, and the norms, in
+// units of the step, of what one digit and what both leave.
+struct QueryDigits {
+    double step, rest4, rest8;
+    int high_sum, low_sum;
+};
+
 // How a query selects keys from its estimates.
 struct Selection {
     float threshold;   // keep when estimate8 (with `keep_upper`: its upper bound) >= threshold
@@ -120,13 +127,16 @@ struct Kernels {
     void (*code_keys)(int dim, const float* y, const double* norms, double relative_slack, uint8_t* high, uint8_t* low);
     // Codes one value; `parameters` is the key's place (2 * lane bytes) in its block's first piece.
     void (*code_value)(int dim, const float* value, uint8_t* row, uint8_t* parameters);
+    // Digits of a rotated query y[padded16(dim)]; high and low have padded16(dim) places.
+    void (*split_query)(const float* y, int dim, int8_t* high, int8_t* low, QueryDigits* found);
 
     // estimates[q][block * 16 + i] for `blocks` blocks; maxima[q] is raised to the largest.
     void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* estimates,
                  size_t estimate_stride, float* maxima);
     // The same blocks in one pass, at most 2,048 keys: upper bounds (estimate + band) instead of
-    // estimates, their largest estimate, and the sum of exp(estimate - largest), at most 6.2 % too large.
-    // block_masses[q * mass_stride + block]: sum of exp(upper - largest) over the keys of a block, likewise.
+    // estimates, where `uppers` is not null, their largest estimate, and the sum of exp(estimate - largest), at most 6.2 % too large.
+    // block_masses[q * mass_stride + block]: sum of exp(upper - largest) over the keys of a block, likewise; written
+    // up to a multiple of 8 blocks.
     void (*scan_mass)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
                       size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride);
     // out = exp(x - reference)

@@ -47,13 +47,51 @@ void rotate(const float* matrix, int dim, const float* x, size_t count, float* y
 
 // ------------------------------------------------------------------ coding
 
+inline double sum_of(f64x8 s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])); }
+
+// The digits of one rotated query; both lists and y are padded with zeros to a multiple of 16.
+void split_query(const float* y, int dim, int8_t* high, int8_t* low, QueryDigits* found) {
+    const int wide = (dim + 15) / 16 * 16;
+    f32x16 top = {};
+    for (int at = 0; at < wide; at += 16) top = max_of(top, abs_of(load<f32x16>(y + at)));
+    const double most = max_of_lanes(top), step = most > 0 ? most / 127.0 : 1.0, inverse = 1.0 / step;
+    const auto nearest = [](f64x8 x) {  // |x| <= 127.5
+        const f64x8 zero = {}, half = zero + 0.5;
+        i32x8 digit = __builtin_convertvector(x + (x < zero ? -half : half), i32x8);
+        digit = digit > 127 ? i32x8{} + 127 : digit;
+        return digit < -127 ? i32x8{} - 127 : digit;
+    };
+    f64x8 rest4 = {}, rest8 = {};
+    i32x8 high_sum = {}, low_sum = {};
+    for (int at = 0; at < wide; at += 8) {
+        const f64x8 x = __builtin_convertvector(load<f32x8>(y + at), f64x8) * inverse;
+        const i32x8 first = nearest(x);
+        const f64x8 after_high = x - __builtin_convertvector(first, f64x8);
+        const i32x8 second = nearest(after_high * 254.0);
+        const f64x8 after_low = after_high - __builtin_convertvector(second, f64x8) * (1.0 / 254.0);
+        rest4 += after_high * after_high;
+        rest8 += after_low * after_low;
+        high_sum += first;
+        low_sum += second;
+        store(high + at, __builtin_convertvector(first, i8x8));
+        store(low + at, __builtin_convertvector(second, i8x8));
+    }
+    found->step = step;
+    found->rest4 = __builtin_sqrt(sum_of(rest4));
+    found->rest8 = __builtin_sqrt(sum_of(rest8));
+    found->high_sum = found->low_sum = 0;
+    for (int i = 0; i < 8; ++i) {
+        found->high_sum += high_sum[i];
+        found->low_sum += low_sum[i];
+    }
+}
+
 inline void add_squares(f64x8& sum, f32x16 r) {
     f32x8 halves[2];
     __builtin_memcpy(halves, &r, 64);
     const f64x8 a = __builtin_convertvector(halves[0], f64x8), b = __builtin_convertvector(halves[1], f64x8);
     sum += a * a + b * b;
 }
-inline double sum_of(f64x8 s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])); }
 
 inline i32x16 lanes_below(int count) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -227,16 +265,18 @@ void scan(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries
 // As flash attention keeps its running maximum: a few blocks are scored, then their masses added.
 template <int Count>
 inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* uppers,
-                           size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride) {
+                           size_t uppers_stride, float* maxima, double* masses, float* block_masses, size_t mass_stride) {
     constexpr size_t kGroup = 8;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
+    alignas(64) float scratch[Count * kGroup * 16];
+    const size_t stride = uppers ? uppers_stride : kGroup * 16;
     float reference[Count];
     f32x16 sum[Count] = {};
     for (int q = 0; q < Count; ++q) reference[q] = -3.0e38f;
     for (size_t first = 0; first < blocks; first += kGroup) {
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
         const uint8_t* codes = high + first * (bytes + 64);
-        float* here = uppers + first * 16;
+        float* here = uppers ? uppers + first * 16 : scratch;
         f32x16 top[Count];
         for (int q = 0; q < Count; ++q) top[q] = splat(-kInfinity);
         score_blocks<Count>(codes, dim, count, queries, here, stride, top);
@@ -263,7 +303,7 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
                     const f32x16 estimate = load<f32x16>(own);
                     const f32x16 upper = estimate + (query.slope4 * residual + query.slope4_step * step + query.slack);
                     sum[q] += weight_of[q](estimate);
-                    store(own, upper);
+                    if (uppers) store(own, upper);
                     upper_mass[q][b] = weight_of[q](upper);
                 }
             }
@@ -442,9 +482,9 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
     int64_t kept_total[Count] = {};
     f32x16 omitted[Count] = {}, left_out[Count] = {}, sketched[Count] = {}, weight_band[Count] = {},
            weight_var[Count] = {};
-    f32x16 offsets[Count][kMaxGroups], steps[Count][kMaxGroups], squares[Count][kMaxGroups];
+    f32x16 offsets[Count][kMaxGroups];
     for (int q = 0; q < Count; ++q)
-        for (int g = 0; g < groups; ++g) offsets[q][g] = steps[q][g] = squares[q][g] = f32x16{};
+        for (int g = 0; g < groups; ++g) offsets[q][g] = f32x16{};
     // First, without branches: which keys are in doubt, and the mass of the others.
     uint16_t doubts[kSelectBlocks][Count], flagged[kSelectBlocks + kAhead];
     size_t flagged_count = 0;
@@ -558,10 +598,6 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
             for (int q = 0; q < Count; ++q) {
                 const f32x16 scaled = weight[q] * value_step;
                 offsets[q][g] += weight[q] * value_offset;
-                if (Wanted == Sums::all) {
-                    steps[q][g] += scaled;
-                    squares[q][g] += scaled * scaled;
-                }
                 compress(coded_any, (i32x16)scaled,
                          (uint32_t*)(kept->scaled + size_t(g * kTile + q) * kept->capacity + count));
             }
@@ -580,8 +616,17 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
         sums->weight_var[q] += sum_of(weight_var[q]) / dim;
         for (int g = 0; g < groups; ++g) {
             sums->offsets[q * groups + g] += sum_of(offsets[q][g]);
-            sums->steps[q * groups + g] += sum_of(steps[q][g]);
-            sums->squares[q * groups + g] += sum_of(squares[q][g]);
+            if (Wanted != Sums::all) continue;
+            float* scaled = kept->scaled + size_t(g * kTile + q) * kept->capacity;
+            store(scaled + count, f32x16{});  // there is room for 16 more
+            f32x16 steps = {}, squares = {};
+            for (size_t i = 0; i < count; i += 16) {
+                const f32x16 here = load<f32x16>(scaled + i);
+                steps += here;
+                squares += here * here;
+            }
+            sums->steps[q * groups + g] += sum_of(steps);
+            sums->squares[q * groups + g] += sum_of(squares);
         }
     }
 }
@@ -747,6 +792,7 @@ const Kernels& table() {
                                 rotate,
                                 code_keys,
                                 code_value,
+                                split_query,
                                 scan,
                                 scan_mass,
                                 exp_into,
