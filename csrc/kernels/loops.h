@@ -194,6 +194,9 @@ inline int32_t four_digits(const int8_t* digits) {
     return word;
 }
 
+// Measured at d = 64, one thread, codes in memory: 25 GB/s at 8 blocks, 28 at 16, 32 at 32, 35 from the second cache.
+constexpr size_t kBlocksAhead = 32;
+
 // Estimates of `Blocks` neighbouring blocks of one tile; raises top[q]. Two blocks share each load of the query's
 // digits, which would else be what limits the loop.
 template <int Count, int Blocks>
@@ -206,7 +209,7 @@ inline void score_together(const uint8_t* high, int dim, const CodedQuery* queri
         u8x64 a[Blocks], b[Blocks];
         for (int k = 0; k < Blocks; ++k) {
             const uint8_t* line = high + k * (bytes + 64) + p * 64;
-            __builtin_prefetch(line + 8 * (bytes + 64));
+            __builtin_prefetch(line + kBlocksAhead * (bytes + 64));
             const u8x64 codes = load<u8x64>(line);
             a[k] = low_nibbles(codes), b[k] = high_nibbles_scaled(codes);
         }
@@ -220,7 +223,7 @@ inline void score_together(const uint8_t* high, int dim, const CodedQuery* queri
         }
     }
     for (int k = 0; k < Blocks; ++k) {
-        __builtin_prefetch(high + k * (bytes + 64) + bytes + 8 * (bytes + 64));
+        __builtin_prefetch(high + (k + kBlocksAhead) * (bytes + 64) + bytes);
         const f32x16 step = from_bfloat16(load<u16x16>(high + k * (bytes + 64) + bytes));
         for (int q = 0; q < Count; ++q) {
             const CodedQuery& query = queries[q];

@@ -100,7 +100,7 @@ void Buffer::reserve(size_t bytes) {
 // was written, at the end, is little beside the rest.
 void Buffer::prefer_large_pages() {
 #if defined(MADV_HUGEPAGE)
-    constexpr size_t kLargePages = size_t(8) << 20;
+    constexpr size_t kLargePages = size_t(16) << 20;
     if (mapped_ && !in_file() && capacity_ >= kLargePages)
         madvise(base_, capacity_, MADV_HUGEPAGE);  // a wish: may fail
 #endif
