@@ -98,8 +98,7 @@ nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dt
             for (size_t row = 0; row < rows; ++row) fact[row] += bfloat16_rounding(out + row * dim, dim);
         }
     }
-    const nb::object answer =
-        out_address ? nb::none() : nb::cast(own(std::move(own_out), {batch, heads, m, dim}));
+    const nb::object answer = out_address ? nb::none() : nb::cast(own(std::move(own_out), {batch, heads, m, dim}));
     if (!with_certificate) return nb::make_tuple(answer);
     nb::dict counters;
     counters["sketch_scored"] = work.sketch_scored;

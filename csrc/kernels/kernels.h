@@ -134,9 +134,9 @@ struct Kernels {
     void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* estimates,
                  size_t estimate_stride, float* maxima);
     // The same blocks in one pass, at most 2,048 keys: upper bounds (estimate + band) instead of
-    // estimates, where `uppers` is not null, their largest estimate, and the sum of exp(estimate - largest), at most 6.2 % too large.
-    // block_masses[q * mass_stride + block]: sum of exp(upper - largest) over the keys of a block, likewise; written
-    // up to a multiple of 8 blocks.
+    // estimates, where `uppers` is not null, their largest estimate, and the sum of exp(estimate - largest), at
+    // most 6.2 % too large. block_masses[q * mass_stride + block]: sum of exp(upper - largest) over the keys of a
+    // block, likewise; written up to a multiple of 8 blocks.
     void (*scan_mass)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
                       size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride);
     // out = exp(x - reference)
