@@ -51,8 +51,9 @@ void Attend::prepare_wave(size_t first, size_t count, size_t tiles_per_head, siz
                  [&](size_t i) { prepare(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second); });
     for (Tile& tile : tiles_) {
         tile.scan = kind_of_scan(tile, cache_.key_sketch(store_head(tile)));
-        tile.by_block =
-            settings_.rule == Rule::epsilon && tile.scan == Scan::four && !hides(tile, 0, tile.blocks * kBlock);
+        const bool plain = tile.blocks && tile.scan == Scan::four && !hides(tile, 0, tile.blocks * kBlock);
+        tile.fused = plain && relu();
+        tile.by_block = plain && settings_.rule == Rule::epsilon;
         // With block masses only the keys left out after refinement are guessed from the sample.
         tile.sample_step = std::max<size_t>(1, tile.blocks / (tile.by_block ? kSampleBlocks : 4 * kSampleBlocks));
     }
@@ -142,15 +143,26 @@ void Attend::run_wave() {
         for (size_t t = 0; t < tiles_.size(); ++t) open[t] = tiles_[t].chunks;
     };
     reopen();
+    for (Tile& tile : tiles_)
+        if (tile.fused) choose(tile);
     parallel_for(chunks_of_wave_.size(), [&](size_t i) {
         const auto [t, c] = chunks_of_wave_[i];
-        scan_chunk(tiles_[t], c);
-        if (last_of(t)) choose(tiles_[t]);
+        Tile& tile = tiles_[t];
+        if (tile.fused)
+            select_chunk(tile, c);
+        else
+            scan_chunk(tile, c);
+        if (!last_of(t)) return;
+        if (tile.fused)
+            finish(tile);
+        else
+            choose(tile);
     });
     for (Tile& tile : tiles_)
         if (tile.chunks == 0) choose(tile);
     space_->candidates.resize(collects() ? chunks_of_wave_.size() * kTile : 0);
-    std::vector<char> pending(tiles_.size(), 1);
+    std::vector<char> pending(tiles_.size());
+    for (size_t t = 0; t < tiles_.size(); ++t) pending[t] = !tiles_[t].fused;
     while (std::count(pending.begin(), pending.end(), 1)) {
         reopen();
         parallel_for(chunks_of_wave_.size(), [&](size_t i) {

@@ -13,12 +13,13 @@ void Attend::choose(Tile& tile) {
 
 void Attend::choose(Tile& tile, int q) {
     double top = -double(kInf);
-    for (size_t c = 0; c < tile.chunks; ++c)
+    const size_t scanned = tile.fused ? 0 : tile.chunks;
+    for (size_t c = 0; c < scanned; ++c)
         top = std::max(top, space_->chunk_top[(tile.partial_at + c) * kTile + size_t(q)]);
     for (double s : tile.tail_logit[q]) top = std::max(top, s);
     if (top == -double(kInf)) top = 0;
     double mass = 0;
-    for (size_t c = 0; c < tile.chunks; ++c) {
+    for (size_t c = 0; c < scanned; ++c) {
         const size_t place = (tile.partial_at + c) * kTile + size_t(q);
         if (space_->chunk_mass[place] > 0) mass += space_->chunk_mass[place] * std::exp(space_->chunk_top[place] - top);
     }

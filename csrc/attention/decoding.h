@@ -67,6 +67,7 @@ struct Tile {
     size_t stride;
     float* block_masses;  // rule epsilon, four bits: upper masses of coded blocks, [count] rows of `mass_stride`
     size_t mass_stride;
+    bool fused;     // the thresholds are known beforehand (ReLU): a chunk is scanned and selected at once
     bool by_block;  // block_masses are complete and decide which blocks are refined
     size_t sample_step;
     Selection selection[kTile];
@@ -174,7 +175,8 @@ private:
     // ---- select: refine what may be kept, and its value codes (select_stage.cpp)
     void select_chunk(Tile& tile, size_t chunk);
     void fetch_rows(const Tile& tile, size_t key) const;
-    void select_coded(const Tile& tile, size_t first, size_t count, KeptKeys& kept, SelectionSums& sums) const;
+    void select_coded(const Tile& tile, size_t first, size_t count, const uint16_t* reaching, KeptKeys& kept,
+                      SelectionSums& sums) const;
     void select_full(const Tile& tile, size_t first, size_t count, KeptKeys& kept, SelectionSums& sums) const;
 
     // ---- rows read at full precision (exact_rows.cpp)

@@ -25,13 +25,22 @@ void Attend::select_chunk(Tile& tile, size_t chunk) {
     lists.reserve(groups_);
     KeptKeys& kept = lists.kept;
     const size_t last = std::min((chunk + 1) * chunk_blocks_, tile.blocks);
+    uint16_t reaching[kChunkBlocks * kTile];
+    if (tile.fused) {
+        const size_t first = chunk * chunk_blocks_;
+        float thresholds[kTile];
+        for (int q = 0; q < tile.count; ++q) thresholds[q] = tile.selection[q].threshold;
+        kernels().scan_reach(cache_.key_sketch(store_head(tile)).high(first), cache_.key_dim(), last - first,
+                             tile.coded, tile.count, thresholds, reaching);
+    }
     for (size_t first = chunk * chunk_blocks_; first < last; first += kSelectBlocks) {
         const size_t count = std::min(kSelectBlocks, last - first);
         for (int q = 0; q < tile.count; ++q) kept.exact[q] = lists.exact(q) + lists.exact_count[q];
         if (tile.scan == Scan::full)
             select_full(tile, first * kBlock, count * kBlock, kept, sums);
         else
-            select_coded(tile, first, count, kept, sums);
+            select_coded(tile, first, count, tile.fused ? reaching + (first - chunk * chunk_blocks_) * kTile : nullptr,
+                         kept, sums);
         // Full-precision rows lie far apart: they are on their way while the value codes are read.
         for (int q = 0; q < tile.count; ++q) {
             for (size_t i = 0; i < kept.exact_count[q]; ++i) fetch_rows(tile, kept.exact[q][i]);
@@ -72,7 +81,8 @@ void Attend::fetch_rows(const Tile& tile, size_t key) const {
     }
 }
 
-void Attend::select_coded(const Tile& tile, size_t first, size_t count, KeptKeys& kept, SelectionSums& sums) const {
+void Attend::select_coded(const Tile& tile, size_t first, size_t count, const uint16_t* reaching, KeptKeys& kept,
+                          SelectionSums& sums) const {
     const KeySketch& keys = cache_.key_sketch(store_head(tile));
     const bool values = reads_value_codes();
     const Sums wanted = !certify() ? Sums::none : settings_.certify ? Sums::all : Sums::masses;
@@ -80,7 +90,7 @@ void Attend::select_coded(const Tile& tile, size_t first, size_t count, KeptKeys
                      values ? cache_.value_sketch(store_head(tile)).parameters(first) : nullptr, cache_.key_dim(),
                      cache_.value_dim(), count, uint32_t(first * kBlock), tile.coded, tile.count, tile.selection,
                      wanted, tile.uppers + first * kBlock, tile.stride,
-                     tile.by_block ? tile.block_masses + first : nullptr, tile.mass_stride, &kept, &sums);
+                     tile.by_block ? tile.block_masses + first : nullptr, tile.mass_stride, reaching, &kept, &sums);
 }
 
 // All estimates are full-precision logits: what reaches the threshold is exact, the rest is omitted.

@@ -139,6 +139,10 @@ struct Kernels {
     // block, likewise; written up to a multiple of 8 blocks.
     void (*scan_mass)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
                       size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride);
+    // The same blocks for thresholds that are known: masks[block * kTile + q], lanes whose upper bound reaches
+    // thresholds[q]. Nothing else is written.
+    void (*scan_reach)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+                       const float* thresholds, uint16_t* masks);
     // out = exp(x - reference)
     void (*exp_into)(const float* x, size_t count, float reference, float* out);
     // x *= factor
@@ -159,12 +163,13 @@ struct Kernels {
                    int count, float* estimates, size_t estimate_stride, float* maxima);
     // Two-stage selection over blocks. A query refines the keys whose upper bound reaches its threshold; or, when
     // block_masses are given, the blocks whose upper mass is not below `mass_from`: reading the second plane of a
-    // block costs the same for one key as for all, so what counts is what the block may weigh. `value_parameters`
+    // block costs the same for one key as for all, so what counts is what the block may weigh. `reaching` are the masks
+    // of `scan_reach`, if that was the scan. `value_parameters`
     // is null when everything kept is read at full precision.
     void (*select)(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
                    size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
                    Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
-                   KeptKeys* kept, SelectionSums* sums);
+                   const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums);
     // accumulators[q][groups * 32] += scaled * code over the kept keys
     void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKeys* kept, int count, float* accumulators);
     // out[i] = estimates[i] + sign * band, for the keys of `blocks` blocks; the band is that of 4 bits, or

@@ -329,6 +329,40 @@ void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* qu
 #undef HSR_CASE
 }
 
+template <int Count>
+inline void scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+                            const float* thresholds, uint16_t* masks) {
+    constexpr size_t kGroup = 8;
+    const size_t bytes = size_t(dim + 7) / 8 * 64;
+    alignas(64) float scratch[Count * kGroup * 16];
+    f32x16 top[Count] = {};
+    for (size_t first = 0; first < blocks; first += kGroup) {
+        const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
+        const uint8_t* codes = high + first * (bytes + 64);
+        score_blocks<Count>(codes, dim, count, queries, scratch, kGroup * 16, top);
+        for (size_t b = 0; b < count; ++b, codes += bytes + 64) {
+            const f32x16 step = from_bfloat16(load<u16x16>(codes + bytes)),
+                         residual = from_bfloat16(load<u16x16>(codes + bytes + 32));
+            for (int q = 0; q < Count; ++q) {
+                const CodedQuery& query = queries[q];
+                const f32x16 upper = load<f32x16>(scratch + (q * kGroup + b) * 16) +
+                                     (query.slope4 * residual + query.slope4_step * step + query.slack);
+                masks[(first + b) * kTile + q] = uint16_t(mask_ge(upper, splat(thresholds[q])));
+            }
+        }
+    }
+}
+
+void scan_reach(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+                const float* thresholds, uint16_t* masks) {
+    switch (count) {
+        case 1: return scan_reach_tile<1>(high, dim, blocks, queries, thresholds, masks);
+        case 2: return scan_reach_tile<2>(high, dim, blocks, queries, thresholds, masks);
+        case 3: return scan_reach_tile<3>(high, dim, blocks, queries, thresholds, masks);
+        default: return scan_reach_tile<4>(high, dim, blocks, queries, thresholds, masks);
+    }
+}
+
 double sum_exp(const float* x, size_t count, float reference) {
     double total = 0;
     f32x16 sum = {};
@@ -477,7 +511,7 @@ template <int Count, Sums Wanted>
 inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
                         int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
                         const Selection* selection, const float* uppers, size_t stride, const float* block_masses,
-                        size_t mass_stride, KeptKeys* kept, SelectionSums* sums) {
+                        size_t mass_stride, const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
     constexpr int kMaxGroups = kMaxHeadDim / kValueGroup, kAhead = 5;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     const int groups = (value_dim + kValueGroup - 1) / kValueGroup;
@@ -512,6 +546,13 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
                 doubts[block][q] = reach ? 0xffff : 0;
             }
             flagged[flagged_count++] = uint16_t(block);
+        }
+    } else if (reaching) {
+        for (size_t block = 0; block < blocks; ++block, reaching += kTile) {
+            uint32_t any = 0;
+            for (int q = 0; q < Count; ++q) any |= doubts[block][q] = reaching[q];
+            flagged[flagged_count] = uint16_t(block);
+            flagged_count += any != 0;
         }
     } else {
         f32x16 threshold[Count];  // hidden keys lie below kLowest and are never in doubt
@@ -638,10 +679,10 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
 void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
             size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
             Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
-            KeptKeys* kept, SelectionSums* sums) {
+            const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
 #define HSR_SELECT(N, WANTED)                                                                                          \
     select_tile<N, WANTED>(high, low, value_parameters, dim, value_dim, blocks, first_key, queries, selection, uppers, \
-                           stride, block_masses, mass_stride, kept, sums)
+                           stride, block_masses, mass_stride, reaching, kept, sums)
 #define HSR_CASE(N)                                                   \
     case N:                                                           \
         return wanted == Sums::all      ? HSR_SELECT(N, Sums::all)    \
@@ -799,6 +840,7 @@ const Kernels& table() {
                                 split_query,
                                 scan,
                                 scan_mass,
+                                scan_reach,
                                 exp_into,
                                 scale,
                                 sum_below,
