@@ -35,13 +35,12 @@ void append(LayerCache& self, const nb::object& keys, const nb::object& values, 
     self.append(k, v);
 }
 
-// What like(queries, float32) rounds away where the answer is bfloat16: half a unit in the last place, or of the
-// smallest number.
 uint16_t nearest_bfloat16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
+// What that rounds away at most, over a row: half a unit in the last place, or of the smallest number.
 float bfloat16_rounding(const float* x, size_t count) {
     float largest = 0;
     for (size_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(x[i]));
@@ -95,7 +94,9 @@ nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dt
         if (out_address && out_bfloat16) {
             auto* rounded = reinterpret_cast<uint16_t*>(out_address);
             for (size_t i = 0; i < rows * dim; ++i) rounded[i] = nearest_bfloat16(out[i]);
-            for (size_t row = 0; row < rows; ++row) fact[row] += bfloat16_rounding(out + row * dim, dim);
+            for (size_t row = 0; row < rows; ++row)
+                fact[row] = std::nextafter(fact[row] + bfloat16_rounding(out + row * dim, dim),
+                                           std::numeric_limits<float>::infinity());
         }
     }
     const nb::object answer = out_address ? nb::none() : nb::cast(own(std::move(own_out), {batch, heads, m, dim}));
