@@ -1,6 +1,8 @@
 # Every target sets up what it needs, in .venv (package, tests, demo) or .venv-lint; a second run is quick.
 #   make test        quick suite against the installed package
 #   make test-slow   everything, with the long randomised checks
+#   make docs        the documentation as a site, in site/
+#   make pictures    draw the pictures of the pages on concepts again
 #   make lint        ruff, pyright, clang-format
 #   make demo        SmolLM2 over 8,000 tokens, sparse beside dense; writes demo/report.png
 #   make experiments the theory and the library measured; writes experiments/report.html
@@ -18,14 +20,14 @@ DEMO_FLAGS := --model smollm2 --essays 8000 --max-new-tokens 64 --compare-dense 
 BENCH_FLAGS :=
 EXPERIMENTS_FLAGS := --out experiments
 
-.PHONY: demo experiments test test-slow lint bench format clean
+.PHONY: demo docs experiments pictures test test-slow lint bench format clean
 
 # ---- environments
 
 $(VENV)/.tools: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade 'pip>=25.1'
-	$(PIP) install -c constraints.txt --group test --group build
+	$(PIP) install -c constraints.txt --group test --group docs --group build
 	touch $@
 
 # Torch and transformers at the pinned versions, through the package's own extra; the compiled module goes to
@@ -64,6 +66,17 @@ format: $(LINT)/.tools
 	$(LINT)/bin/ruff format .
 	$(LINT)/bin/clang-format -i $(filter %.h %.cpp,$(NATIVE))
 
+docs: $(VENV)/.tools
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'Open site/index.html, or serve it: python -m http.server --directory site'
+
+HEADS := build/heads.safetensors
+$(HEADS): | $(VENV)/.installed
+	$(BIN)/hsr capture --model smollm2 --essays 8192 --layers 1,4,7,10,13,16,19,22,25,28 --out $@
+
+pictures: $(HEADS)
+	$(BIN)/python docs/pictures.py --heads $(HEADS)
+
 demo: $(VENV)/.installed
 	mkdir -p demo
 	$(BIN)/hsr generate $(DEMO_FLAGS)
@@ -75,4 +88,4 @@ bench: $(VENV)/.installed
 	$(BIN)/hsr bench decode $(BENCH_FLAGS)
 
 clean:
-	rm -rf build/make $(VENV) $(LINT) demo
+	rm -rf build/make $(HEADS) $(VENV) $(LINT) demo site

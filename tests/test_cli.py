@@ -690,6 +690,73 @@ def test_bench_scaling(run, tmp_path):
     refused(run("bench", "scaling", "--index", "tree"), "--index")
 
 
+def test_bench_index(run):
+    pytest.importorskip("scipy")
+    found = json.loads(ok(run("bench", "index", "--dim", 3, "--n", 500, "--queries", 2, "--json")))
+    assert {row["kind"] for row in found["rows"]} == {"partition_tree", "shallow_cutting"}
+    assert {(row["d"], row["n"]) for row in found["rows"]} == {(3, 500)}
+    assert [row["k"] for row in found["rows"]] == pytest.approx([100] * 2, abs=2)
+    refused(run("bench", "index", "--dim", "x"), "--dim must be numbers")
+    refused(run("bench", "index", "--n", "0"), "--n must be at least 1")
+    refused(run("bench", "index", "--n", "1.5"), "--n must be numbers")
+    refused(run("bench", "index", "--data", "noise"), "--data must be among gaussian")
+
+
+def test_bench_index_libraries(run, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("scipy")
+    arguments = ("bench", "index-libraries", "--n", 500, "--k", 20, "--queries", 3)
+    found = json.loads(ok(run(*arguments, "--repeats", 1, "--json")))
+    names = {row["name"] for row in found["rows"]}
+    assert {"partition_tree", "shallow_cutting", "scipy cKDTree"} < names
+    assert {row["data"] for row in found["rows"]} == {"gaussian", "sphere"}
+    assert all(min(row["build"], row["batch"], row["single"]) > 0 for row in found["rows"])
+    times = {(row["name"], row["data"]): row["build"] for row in found["rows"]}
+    for ratio in found["ratios"]:
+        ours, theirs = ((ratio[name], ratio["data"]) for name in ("index", "library"))
+        assert ratio["build"] == pytest.approx(times[theirs] / times[ours])
+    assert "Faster by" in ok(run(*arguments, "--repeats", 1))
+    refused(run(*arguments, "--data", "noise"), "--data must be among")
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.neighbors", None)
+    refused(run(*arguments), "pip install 'hsr-attention[libraries]'", code=1)
+
+
+def test_a_library_that_misses_a_key_is_not_timed(run, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("scipy")
+    from hsr_attention.experiments import index_libraries
+
+    whole = index_libraries._Ball.indices
+    monkeypatch.setattr(
+        index_libraries._Ball, "indices", lambda *a: [row[1:] for row in whole(*a)]
+    )
+    refused(run("bench", "index-libraries", "--n", 300, "--k", 20), "FlatIndex differ", code=1)
+
+
+def test_bench_index_worst(run):
+    arguments = ("bench", "index-worst", "--dim", "2,4", "--n", 600, "--repeats", 1)
+    found = json.loads(ok(run(*arguments, "--data", "gaussian,boundary", "--json")))
+    assert {row["k"] for row in found["rows"]} == {1, 10, 18, 37, 100, 150, 300, 450, 600}
+    assert len(found["rows"]) == 2 * 2 * 9
+    assert found["worst"]["slowdown"] == max(row["slowdown"] for row in found["rows"])
+    assert "median of all" in ok(run(*arguments, "--data", "uniform"))
+    refused(run(*arguments, "--kind", "flat"), "--kind must be among")
+
+
+def test_bench_index_append(run):
+    pytest.importorskip("scipy")
+    arguments = ("bench", "index-append", "--dim", "2,3", "--n", 3000, "--block", "64,1")
+    found = json.loads(ok(run(*arguments, "--json")))
+    assert [(row["d"], row["block"]) for row in found["rows"]] == [(2, 1), (2, 64)] * 3 + [
+        (3, 1),
+        (3, 64),
+    ] * 2
+    assert all(row["append"] > 0 and row["delete"] > 0 for row in found["rows"])
+    assert "amortised" in ok(run(*arguments))
+    refused(run(*arguments, "--block", "0"), "--block must be at least 1")
+
+
 @needs_torch
 def test_perplexity_of_a_whole_prompt(run, model, prompt):
     arguments = ("--model", model, "--prompt-file", prompt)

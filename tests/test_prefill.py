@@ -2,7 +2,8 @@
 
 Rows of one call share tiles and panels, and the queries of a tile see different prefixes; so cases
 here have hundreds of queries, and lengths around the boundaries of blocks (16), words (64)
-and panels (512).
+ranges of coded values (256)
+and panels (1,024).
 """
 
 import numpy as np
@@ -162,6 +163,36 @@ def test_later_keys_change_nothing(isa):
     np.testing.assert_array_equal(
         hsr.softmax_attention(case.q, k, v, is_causal=True)[:, :, :640], out[:, :, :640]
     )
+
+
+def test_many_small_weights_do_not_vanish(isa):
+    """Half of the mass in weights of two thirds of a digit, beside larger ones that set the digit."""
+    n, m, d = 76_800, 24, 16
+    rng = np.random.default_rng(13)
+    large = (
+        np.arange(n) % 150 == 7
+    )  # 512 keys of 1/1,024 of the mass each, the others 1/150 of that
+    direction = np.ones(d) / 4
+    logits = np.where(large, np.log(150.0), 0.0)
+    k = (4 * logits[:, None] * direction).astype(np.float32)[None, None]
+    q = np.broadcast_to(direction, (1, 1, m, d)).astype(np.float32)
+    v = np.where(large[:, None], -1.0, 1.0) + 0.1 * rng.standard_normal((n, d))
+    case = Case(q, k, v.astype(np.float32)[None, None])
+    exact = case.softmax()
+    assert np.abs(exact).max() < 0.05
+    out, certificate = hsr.softmax_attention(
+        case.q, case.k, case.v, epsilon=1e-4, return_certificate=True
+    )
+    assert certificate.work["sketched"] > 0.9 * m * n
+    np.testing.assert_allclose(out, exact, atol=0.01)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e15])
+def test_values_of_any_size(isa, size):
+    case = make("random", 14, n=1200, m=1200, visibility="causal")
+    v = (case.v * np.float32(size)).astype(np.float32)
+    out = hsr.softmax_attention(case.q, case.k, v, is_causal=True)
+    np.testing.assert_allclose(out / size, case.softmax(), atol=0.1)
 
 
 def test_threads_change_nothing(isa):

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
+#include <memory>
 #include <vector>
 
 #include "attention/certificate.h"
@@ -17,7 +17,6 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
 constexpr double kLog2e = 1.4426950408889634;
-constexpr size_t kPanelKeys = kPanelBlocks * kBlock;
 constexpr size_t kRowsAtOnce = kDenseRows;  // their logits over a panel stay in the first cache
 constexpr size_t kListRoom = kPanelKeys + 64;
 // Where rows keep more than this share of a panel, their weights meet its values as a dense product.
@@ -33,6 +32,11 @@ constexpr double kSumExcess = 1.0001;
 // The part of epsilon that guessed thresholds aim at, and that they never exceed.
 constexpr double kAim = 0.85, kSpend = 0.99;
 constexpr size_t kSampleBlocks = 16;
+// Weights from here on, as a share of the mass, are never digits: a digit is then at most 2^-16 of the mass, and the
+// dither of thousands of small weights stays below 0.4 % of the spread of the values.
+constexpr double kLargestDigits = 1.0 / 512.0;
+// Of weights in digits: what the exponential is off by, less than 1e-4, and the rounding of logits.
+constexpr double kDigitExcess = 2e-4;
 
 // log2 within 0.01, for guesses that a bound then checks.
 double quick_log2(double x) {
@@ -63,6 +67,7 @@ struct Row {
     double sure;                      // a lower bound of the mass that is kept
     double stand_in;                  // mass given to the mean values of panels in place of what was left out there
     double doubtful, spread2;         // by how much weights from estimates may be off, and a sum for the estimate
+    double blurred;                   // of values from codes: mass times half their widest step
     float curve[kCurve];              // mass of sampled keys below 2^(curve_top - j)
     float curve_top;                  // -inf: nothing is known, and everything is kept
     double top;                       // ReLU: the largest excess so far
@@ -73,14 +78,19 @@ struct Row {
 
 struct Workspace {
     std::vector<uint8_t> codes;
-    std::vector<float> steps, logits, vectors, accumulators, stand_ins, mean_value, even_weights, kept, dots;
-    std::vector<uint32_t> every_position;
+    std::vector<float> steps, logits, vectors, accumulators, stand_ins, mean_value, kept, dots;
     std::vector<uint32_t> exact_positions, exact_places;
     std::vector<double> excesses;
     // What each of the rows at once keeps of a panel, for the sums over the values.
     std::vector<uint32_t> position_lists;
     std::vector<float> weight_lists, dense_weights;
     size_t counts[kRowsAtOnce];
+    // Rows at once that see a whole panel of coded values: [row][key].
+    std::vector<int8_t> digits;
+    float units[kRowsAtOnce];
+    uint32_t digit_sums[kRowsAtOnce * kRanges];
+    size_t mean_keys = 0;           // of the panel in hand, whose mean is in mean_value
+    uint32_t words;                 // of 64 keys with a digit that is not zero
     uint32_t* positions = nullptr;  // of the row in hand
     float* weights = nullptr;
     size_t* count = nullptr;
@@ -98,14 +108,12 @@ struct Workspace {
         vectors.resize(kTileRows * size_t(padded16(dim)));
         for (auto* sums : {&accumulators, &stand_ins}) sums->resize(kTileRows * size_t(padded16(value_dim)));
         mean_value.resize(size_t(padded16(value_dim)));
-        even_weights.assign(kPanelKeys, 1.0f / float(kPanelKeys));
-        every_position.resize(kPanelKeys);
-        std::iota(every_position.begin(), every_position.end(), 0u);
         for (auto* list : {&kept, &dots}) list->resize(kListRoom);
         for (auto* list : {&exact_positions, &exact_places}) list->resize(kListRoom);
         position_lists.resize(kRowsAtOnce * kListRoom);
         weight_lists.resize(kRowsAtOnce * kListRoom);
         dense_weights.resize(kPanelKeys * kDenseStride);
+        digits.resize(kRowsAtOnce * kPanelKeys);
         excesses.resize(kListRoom);
         queries.resize(kTileRows);
         rows.resize(kTileRows);
@@ -141,6 +149,7 @@ public:
         tile_rows_ = std::clamp<size_t>(wanted, kFewestRows, kTileRows);
         if (tile_rows_ > size_t(group_)) tile_rows_ -= tile_rows_ % size_t(group_);
         const size_t tiles = (per_head + tile_rows_ - 1) / tile_rows_;
+        if (stands_in()) code_values(heads);
         parallel_for(heads * tiles, [&](size_t task) { run_tile(int(task / tiles), task % tiles); });
         AttendWork work;
         work.sketch_scored = scored_;
@@ -160,6 +169,22 @@ private:
     bool relu() const { return settings_.rule == Rule::relu; }
     // Selection by full-precision logits against a given threshold.
     bool exact_rule() const { return relu() || (settings_.rule == Rule::threshold && !settings_.sketch_tail); }
+
+    // The values of every whole range that a query may see, in 8 bits.
+    void code_values(size_t heads) {
+        const int64_t most = *std::max_element(queries_.visible, queries_.visible + m_);
+        ranges_ = size_t(std::clamp<int64_t>(most, 0, int64_t(cache_.size()))) / kRangeKeys;
+        value_codes_.reset(new uint8_t[heads * ranges_ * range_bytes()]);
+        value_ranges_.reset(new float[heads * ranges_ * range_floats(value_dim_)]);
+        parallel_for(heads * ranges_, [&](size_t at) {
+            const int head = int(at / ranges_);
+            const RowStore& rows = cache_.values();
+            kernels().code_values(rows.dtype(), rows.row(at % ranges_ * kRangeKeys, head), rows.token_bytes(),
+                                  value_dim_, value_codes_.get() + at * range_bytes(),
+                                  value_ranges_.get() + at * range_floats(value_dim_));
+        });
+    }
+    size_t range_bytes() const { return kRangeKeys * size_t(padded16(value_dim_)); }
 
     void run_tile(int head, size_t tile) {
         static thread_local Workspace space;
@@ -283,7 +308,8 @@ private:
     }
     void rescale(Workspace& space, size_t i, double factor) {
         Row& row = space.rows[i];
-        for (double* sum : {&row.mass, &row.sure, &row.omitted, &row.stand_in, &row.doubtful}) *sum *= factor;
+        for (double* sum : {&row.mass, &row.sure, &row.omitted, &row.stand_in, &row.doubtful, &row.blurred})
+            *sum *= factor;
         row.spread2 *= factor * factor;
         for (float& mass : row.curve) mass *= float(factor);
         for (float* sum : {accumulator(space, i), stand_in(space, i)})
@@ -401,49 +427,95 @@ private:
         const KeySketch& sketch = cache_.key_sketch(head);
         const size_t first = panel * kPanelBlocks;
         size_t blocks = 0;
-        for (size_t i = 0; i < count; ++i)
-            if (space.rows[i].blocks > first)
-                blocks = std::max(blocks, std::min(space.rows[i].blocks - first, kPanelBlocks));
+        for (size_t i = 0; i < count; ++i) blocks = std::max(blocks, blocks_of(space.rows[i], first));
         kernels().unpack_panel(sketch.high(first), sketch.low(first), dim_, blocks, 0, &space.panel);
         fetch_rows(first * kBlock, blocks * kBlock, head);
-        if (stands_in() && blocks == kPanelBlocks) {
-            const RowStore& values = cache_.values();
-            std::fill(space.mean_value.begin(), space.mean_value.end(), 0.0f);
-            kernels().accumulate_rows(values.dtype(), values.row(first * kBlock, head), values.token_bytes(),
-                                      space.every_position.data(), space.even_weights.data(), kPanelKeys, value_dim_,
-                                      space.mean_value.data());
-        }
+        space.mean_keys = 0;
         int64_t scored = 0, skipped = 0;
         for (size_t at = 0; at < count; at += kRowsAtOnce) {
             const size_t here = std::min<size_t>(kRowsAtOnce, count - at);
-            size_t most = 0;
-            for (size_t i = at; i < at + here; ++i)
-                if (space.rows[i].blocks > first)
-                    most = std::max(most, std::min(space.rows[i].blocks - first, kPanelBlocks));
-            if (!most) continue;
-            const size_t words = (most + 3) / 4;
-            kernels().score_panel(&space.panel, dim_, words, &space.queries[at], int(here), space.logits.data(),
-                                  kPanelKeys);
-            size_t kept = 0;
+            size_t most = 0, least = kPanelBlocks;
+            bool masked = false;
             for (size_t i = at; i < at + here; ++i) {
-                space.take(i - at);
-                if (space.rows[i].blocks <= first) continue;
-                const size_t own = std::min(space.rows[i].blocks - first, kPanelBlocks) * kBlock;
-                float* logits = space.logits.data() + (i - at) * kPanelKeys;
-                if (own % 64) std::fill(logits + own, logits + (own + 63) / 64 * 64, -kInf);
-                if (space.rows[i].mask) kernels().hide_masked(space.rows[i].mask + first * kBlock, own, logits);
-                scored += int64_t(own);
-                skipped += select(space, i, head, first * kBlock, own, logits, remaining);
-                kept += *space.count;
+                const size_t own = blocks_of(space.rows[i], first);
+                most = std::max(most, own);
+                least = std::min(least, own);
+                masked |= space.rows[i].mask != nullptr;
+                scored += int64_t(own * kBlock);
             }
-            if (here == kRowsAtOnce && double(kept) > kDenseShare * double(here * most * kBlock))
-                accumulate_dense(space, at, head, first * kBlock, most * kBlock);
-            else
-                for (size_t i = at; i < at + here; ++i) accumulate(space, i, head, i - at);
+            if (!most) continue;
+            kernels().score_panel(&space.panel, dim_, (most + 3) / 4, &space.queries[at], int(here),
+                                  space.logits.data(), kPanelKeys);
+            // Ranges of coded values that all of these rows see; no code knows of a value that a row may not.
+            const size_t ranges = masked ? 0 : least * kBlock / kRangeKeys;
+            if (ranges_ && ranges) skipped += run_ranges(space, at, here, head, first * kBlock, ranges, remaining);
+            const size_t begin = ranges_ ? ranges * kRangeKeys : 0;
+            if (begin < most * kBlock)
+                skipped += run_rest(space, at, here, head, first, begin, most * kBlock, remaining);
         }
         scored_ += scored;
         skipped_ += skipped;
         ++panels_;
+    }
+
+    // Blocks of a panel that a row sees.
+    static size_t blocks_of(const Row& row, size_t first) {
+        return row.blocks > first ? std::min(row.blocks - first, kPanelBlocks) : 0;
+    }
+
+    // Rows at once over the first ranges of a panel: values from codes, except for the keys that are read exactly.
+    int64_t run_ranges(Workspace& space, size_t at, size_t here, int head, size_t first, size_t ranges,
+                       double remaining) {
+        const size_t begin = size_t(head) * ranges_ + first / kRangeKeys, floats = range_floats(value_dim_);
+        const float* own = value_ranges_.get() + begin * floats;
+        if (space.mean_keys != ranges * kRangeKeys) mean_of_ranges(space, own, ranges);
+        float widest = 0;
+        for (size_t range = 0; range < ranges; ++range) widest = std::max(widest, own[(range + 1) * floats - 1]);
+        int64_t skipped = 0;
+        space.words = 0;
+        for (size_t slot = 0; slot < here; ++slot) {
+            space.take(slot);
+            space.units[slot] = 0.0f;
+            skipped += select_digits(space, at + slot, head, first, ranges * kRangeKeys, slot, remaining, widest);
+        }
+        if (space.words)
+            kernels().multiply_panel(value_codes_.get() + begin * range_bytes(), own, value_dim_, space.words,
+                                     space.digits.data(), space.units, space.digit_sums, int(here),
+                                     accumulator(space, at), size_t(padded16(value_dim_)));
+        for (size_t slot = 0; slot < here; ++slot) accumulate(space, at + slot, head, slot);
+        return skipped;
+    }
+
+    void mean_of_ranges(Workspace& space, const float* own, size_t ranges) {
+        const size_t wide = size_t(padded16(value_dim_));
+        std::fill(space.mean_value.begin(), space.mean_value.end(), 0.0f);
+        for (size_t range = 0; range < ranges; ++range)
+            kernels().axpy(Dtype::float32, own + range * range_floats(value_dim_) + 2 * wide, 1.0f / float(ranges),
+                           value_dim_, space.mean_value.data());
+        space.mean_keys = ranges * kRangeKeys;
+    }
+
+    // Rows at once over keys begin .. end of a panel, whose values are read in full.
+    int64_t run_rest(Workspace& space, size_t at, size_t here, int head, size_t first, size_t begin, size_t end,
+                     double remaining) {
+        int64_t skipped = 0;
+        size_t kept = 0;
+        for (size_t slot = 0; slot < here; ++slot) {
+            space.take(slot);
+            const Row& row = space.rows[at + slot];
+            const size_t own = blocks_of(row, first) * kBlock;
+            if (own <= begin) continue;
+            float* logits = space.logits.data() + slot * kPanelKeys;
+            if (own % 64) std::fill(logits + own, logits + (own + 63) / 64 * 64, -kInf);
+            if (row.mask) kernels().hide_masked(row.mask + first * kBlock, own, logits);
+            skipped += select(space, at + slot, head, first * kBlock + begin, own - begin, logits + begin, remaining);
+            kept += *space.count;
+        }
+        if (here == kRowsAtOnce && double(kept) > kDenseShare * double(here * (end - begin)))
+            accumulate_dense(space, at, head, first * kBlock + begin, end - begin);
+        else
+            for (size_t slot = 0; slot < here; ++slot) accumulate(space, at + slot, head, slot);
+        return skipped;
     }
 
     // How the mass of a row's keys is spread, from sixteen blocks all over those that the tile sees.
@@ -550,13 +622,81 @@ private:
                 tries < 3 && room > 0 ? threshold - 1.0 - quick_log2(double(omitted) * factor / room) : -double(kInf);
         }
         row.omitted += double(omitted) * factor;
-        if (stands_in() && count == kPanelKeys && !row.mask) {
-            const double mass = double(omitted) / kLineMean;
-            row.stand_in += mass;
-            kernels().axpy(Dtype::float32, space.mean_value.data(), float(mass), value_dim_, stand_in(space, i));
-        }
         if (found) add(space, i, head, found, off, remaining);
         return int64_t(skipped);
+    }
+
+    // Keys from here on are weighed from full-precision rows.
+    double exact_from(const Row& row, double remaining) const {
+        const double share = std::min(settings_.exact_share, kLargestDigits);
+        const double large = row.reference + quick_log2(share * likely_mass(row, remaining));
+        return settings_.rule == Rule::threshold ? std::min(row.threshold, large) : large;
+    }
+
+    // As `select`, for ranges of coded values: what is kept but not exactly becomes digits, for multiply_panel.
+    int64_t select_digits(Workspace& space, size_t i, int head, size_t first, size_t count, size_t slot,
+                          double remaining, double widest_step) {
+        Row& row = space.rows[i];
+        const float* logits = space.logits.data() + slot * kPanelKeys;
+        const double wide = band(row, space.queries[i], space.panel);
+        const double off = expm1_above(wide / kLog2e) * (1 + kDigitExcess) + kDigitExcess,
+                     factor = (1 + off) * kSumExcess;
+        const float top = kernels().largest_of(logits, count);
+        if (row.reference == -double(kInf)) raise_reference(space, i, top);  // its own block is hidden
+        double threshold = std::min(guess(row, remaining, off), row.reference + 60.0);
+        const double exact = exact_from(row, remaining);
+        WeighedRow found;
+        WeightLimits limits;
+        for (int tries = 0;; ++tries) {
+            if (settings_.rule == Rule::threshold) threshold = std::min(threshold, row.threshold);
+            limits.from = float(threshold);
+            limits.exact_from = std::max(float(exact), limits.from);
+            limits.cap = std::min(limits.exact_from, top);
+            limits.reference = float(row.reference);
+            limits.first = uint32_t(first);
+            kernels().weigh_panel(logits, count, &limits, space.digits.data() + slot * kPanelKeys, space.positions,
+                                  space.kept.data(), &found);
+            const double left = row.omitted + double(found.omitted) * factor;
+            if (left <= budget_ * kSpend * row.surely()) break;
+            double mass = row.surely() + double(found.mass) * std::exp2(limits.cap - row.reference) / (1 + off) * 0.999;
+            if (found.exact) {
+                const float largest = kernels().largest_of(space.kept.data(), found.exact);
+                if (double(largest) > row.reference + 24.0) {  // masses no longer fit: count them from there
+                    raise_reference(space, i, largest);
+                    --tries;
+                    continue;
+                }
+                mass += kernels().weigh(space.kept.data(), found.exact, float(row.reference), space.weights) /
+                        (1 + off) * 0.9999;
+            }
+            if (left <= budget_ * kSpend * mass || threshold == -double(kInf)) break;
+            ++again_;
+            const double room = budget_ * kSpend * mass - row.omitted;
+            threshold = tries < 3 && room > 0 ? threshold - 1.0 - quick_log2(double(found.omitted) * factor / room)
+                                              : -double(kInf);
+        }
+        row.omitted += double(found.omitted) * factor;
+        const double mean_mass = double(found.omitted) / kLineMean;
+        row.stand_in += mean_mass;
+        kernels().axpy(Dtype::float32, space.mean_value.data(), float(mean_mass), value_dim_, stand_in(space, i));
+        space.words |= found.words;
+        if (found.exact) add_exact(space, i, head, found.exact);
+        if (found.coded) {
+            const double cap = std::exp2(limits.cap - row.reference), unit = cap / double(kDigits);
+            uint32_t digit_sum = 0;
+            for (uint32_t sum : found.digit_sums) digit_sum += sum;
+            const double mass = unit * digit_sum, sure = double(found.mass) * cap;
+            row.mass += mass;
+            row.sure += sure / (1 + off) * (1 - kDigitExcess);
+            row.doubtful += sure * off * (1 + 1e-6) + double(found.coded) * unit;
+            row.spread2 += sure * off * sure * off / found.coded + double(found.coded) * unit * unit / 3 * dim_;
+            row.blurred += mass * 0.5 * widest_step * (1 + 1e-6);
+            row.kept += int64_t(found.coded);
+            row.sketched += int64_t(found.coded);
+            space.units[slot] = float(unit);
+            std::copy_n(found.digit_sums, kRanges, space.digit_sums + slot * kRanges);
+        }
+        return int64_t(count) - 64 * int64_t(__builtin_popcount(found.words));
     }
 
     // The keys in space.positions, with estimates in space.kept: large shares of the mass get their weight from
@@ -564,11 +704,9 @@ private:
     void add(Workspace& space, size_t i, int head, size_t found, double off, double remaining) {
         if (!settings_.sketch_tail) return add_exact(space, i, head, found);
         Row& row = space.rows[i];
-        const double from = settings_.rule == Rule::threshold
-                                ? row.threshold
-                                : row.reference + quick_log2(settings_.exact_share * likely_mass(row, remaining));
-        const size_t exact = kernels().places_from(space.kept.data(), found, float(from), space.positions,
-                                                   space.exact_places.data(), space.exact_positions.data());
+        const size_t exact =
+            kernels().places_from(space.kept.data(), found, float(exact_from(row, remaining)), space.positions,
+                                  space.exact_places.data(), space.exact_positions.data());
         if (exact) {
             exact_logits(space, i, head, space.exact_positions.data(), exact, space.dots.data());
             for (size_t k = 0; k < exact; ++k) space.kept[space.exact_places[k]] = space.dots[k];
@@ -644,7 +782,7 @@ private:
 
     // DESIGN.md, "Prompts": with stand-ins c of mass C, Z' = mass + C,
     //   Z' (out - exact) = sum of (estimated - true weight) (v - exact) - sum over omitted of w (v - exact) + c - C
-    //   exact,
+    //   exact + sum of weight (coded - true v),
     // and |v - exact| <= reach + |out - exact| in each coordinate.
     void certify(const Row& row, int head, double mass, const float* stands, const float* out) {
         // Keys whose weight underflowed (below 2^-126 of the reference) count that much each.
@@ -659,7 +797,8 @@ private:
         const double all = mass + row.stand_in;
         const AnswerBound found = bound_answer(
             cache_.value_sketch(head), out, {all, omitted + row.doubtful + exact_error, row.stand_in},
-            [](size_t) { return 0.0; }, [&](size_t j) { return std::fabs(stands[j] - row.stand_in * out[j]); });
+            [&](size_t) { return row.blurred; },
+            [&](size_t j) { return std::fabs(stands[j] - row.stand_in * out[j]); });
         // Float32 sums, panel by panel: chains of at most a panel's keys and one term a panel.
         const double chain =
             double(std::min<int64_t>(row.kept, int64_t(kPanelKeys))) + 2 * double(row.blocks / kPanelBlocks) + 64.0;
@@ -680,6 +819,9 @@ private:
     const double units_;   // logits are natural for ReLU, in units of log 2 for softmax
     const double budget_;  // omitted mass allowed for each unit of kept mass
     size_t tile_rows_ = kTileRows;
+    size_t ranges_ = 0;  // of coded values, for each key head
+    std::unique_ptr<uint8_t[]> value_codes_;
+    std::unique_ptr<float[]> value_ranges_;
     std::atomic<int64_t> scored_{0}, full_{0}, sketched_{0}, skipped_{0}, panels_{0}, again_{0};
 };
 

@@ -99,7 +99,7 @@ struct SelectionSums {
 
 // A panel of keys for many queries: joined 8-bit codes [word of 64 keys][4 dimensions][block][64 bytes], their steps,
 // and the largest residual8 and step among them.
-constexpr size_t kPanelBlocks = 32;
+constexpr size_t kPanelBlocks = 64, kPanelKeys = kPanelBlocks * kBlock;
 constexpr int kDenseRows = 6, kDenseStride = 8;  // queries whose weights [key][kDenseStride] meet values as a matrix
 constexpr int kCurve = 16;                       // points of the curve of a sample's mass, a factor of two apart
 struct CodedPanel {
@@ -115,6 +115,24 @@ struct PanelQuery {
     int32_t digit_sum, start;    // start: -127.5 digit_sum, rounded
     // Set by the caller: logit = unit * (key's step) * (start + dot) + centre, in units of log 2.
     float unit, centre;
+};
+
+// Values in 8 bits, a range of keys at a time: v ~ low + step * code, off by at most half a step. Codes stand as
+// [4 keys][padded16(dim)][4]; what belongs to a range as low, step and mean [padded16(dim)] and the largest step.
+constexpr size_t kRangeKeys = 256, kRanges = kPanelKeys / kRangeKeys;
+inline size_t range_floats(int dim) { return size_t(3 * padded16(dim) + 1); }
+// The largest weight in digits: with the dither, and 1e-4 of the exponential, still below 128.
+constexpr float kDigits = 126.0f;
+// Which keys of a panel a query keeps, in digits relative to 2^cap or exactly; masses are relative to 2^reference.
+struct WeightLimits {
+    float from, exact_from, cap, reference;
+    uint32_t first;  // position of the panel's first key
+};
+struct WeighedRow {
+    float omitted, mass;  // from above, relative to 2^reference; of the keys in digits, relative to 2^cap
+    uint32_t words;       // bit w: keys 64 w .. 64 w + 63 hold a kept one
+    uint32_t coded, exact;
+    uint32_t digit_sums[kRanges];
 };
 
 struct Kernels {
@@ -211,6 +229,14 @@ struct Kernels {
     void (*dot_rows64)(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, size_t count,
                        const float* query, int dim, double* out);
     void (*hide_masked)(const uint8_t* mask, size_t count, float* logits);
+
+    // ---- prompts: weights and values in 8 bits (weight_loops.h)
+    void (*code_values)(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t* codes, float* range);
+    void (*weigh_panel)(const float* logits, size_t count, const WeightLimits* limits, int8_t* digits,
+                        uint32_t* positions, float* exact, WeighedRow* out);
+    void (*multiply_panel)(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
+                           const float* units, const uint32_t* digit_sums, int count, float* accumulators,
+                           size_t stride);
 };
 
 // The level in use: the best the machine has, or what HSR_ISA or use_isa asked for.

@@ -822,6 +822,7 @@ size_t count_from(const float* x, size_t count, float threshold) {
 }
 
 #include "kernels/panel_loops.h"
+#include "kernels/weight_loops.h"
 
 }  // namespace
 
@@ -869,7 +870,10 @@ const Kernels& table() {
                                 accumulate_dense,
                                 dot_rows,
                                 dot_rows64,
-                                hide_masked};
+                                hide_masked,
+                                code_values,
+                                weigh_panel,
+                                multiply_panel};
     return all;
 }
 

@@ -323,36 +323,41 @@ void accumulate_dense(Dtype dtype, const void* rows, size_t stride, size_t count
 }
 
 // out[i] = scale * <query, row keys[i]> in float32; query is padded with zeros to a multiple of 16. out has room for
-// a multiple of 4.
-template <Dtype Type>
+// a multiple of 4. Dim: where it is not 0, the dimension, known to the compiler.
+template <Dtype Type, int Dim>
 inline void dot_typed(const uint8_t* rows, size_t stride, const uint32_t* keys, size_t count, const float* query,
-                      int dim, float scale, float* out) {
-    const int whole = dim / 16 * 16;
+                      int any_dim, float scale, float* out) {
+    const int dim = Dim ? Dim : any_dim, whole = dim / 16 * 16;
+    const auto dot = [&](size_t key) {
+        const uint8_t* row = rows + key * stride;
+        f32x16 sum[2] = {};
+        for (int at = 0; at < whole; at += 16) sum[at / 16 % 2] += load_row(Type, row, at) * load<f32x16>(query + at);
+        if (whole < dim) sum[1] += load_row_part(Type, row, whole, dim - whole) * load<f32x16>(query + whole);
+        return sum[0] + sum[1];
+    };
     for (size_t i = 0; i < count; i += 4) {
-        f32x16 sums[4] = {};
-        for (size_t k = 0; k < 4 && i + k < count; ++k) {
-            const uint8_t* row = rows + keys[i + k] * stride;
-            f32x16 sum[2] = {};
-            int at = 0;
-            for (; at + 32 <= whole; at += 32) {
-                sum[0] += load_row(Type, row, at) * load<f32x16>(query + at);
-                sum[1] += load_row(Type, row, at + 16) * load<f32x16>(query + at + 16);
-            }
-            if (at < whole) sum[0] += load_row(Type, row, at) * load<f32x16>(query + at);
-            if (whole < dim) sum[1] += load_row_part(Type, row, whole, dim - whole) * load<f32x16>(query + whole);
-            sums[k] = scale * (sum[0] + sum[1]);
-        }
+        const size_t last = count - i < 4 ? count - 1 : i + 3;  // repeated where fewer than four are left
+        f32x16 sums[4];
+        for (size_t k = 0; k < 4; ++k) sums[k] = scale * dot(keys[i + k < last ? i + k : last]);
         sums_of_4(sums, out + i);
     }
+}
+
+template <Dtype Type>
+inline void dot_dims(const uint8_t* rows, size_t stride, const uint32_t* keys, size_t count, const float* query,
+                     int dim, float scale, float* out) {
+    if (dim == 64) return dot_typed<Type, 64>(rows, stride, keys, count, query, dim, scale, out);
+    if (dim == 128) return dot_typed<Type, 128>(rows, stride, keys, count, query, dim, scale, out);
+    dot_typed<Type, 0>(rows, stride, keys, count, query, dim, scale, out);
 }
 
 void dot_rows(Dtype dtype, const void* rows, size_t stride, const uint32_t* keys, size_t count, const float* query,
               int dim, float scale, float* out) {
     const uint8_t* from = (const uint8_t*)rows;
     switch (dtype) {
-        case Dtype::float32: return dot_typed<Dtype::float32>(from, stride, keys, count, query, dim, scale, out);
-        case Dtype::bfloat16: return dot_typed<Dtype::bfloat16>(from, stride, keys, count, query, dim, scale, out);
-        default: return dot_typed<Dtype::float16>(from, stride, keys, count, query, dim, scale, out);
+        case Dtype::float32: return dot_dims<Dtype::float32>(from, stride, keys, count, query, dim, scale, out);
+        case Dtype::bfloat16: return dot_dims<Dtype::bfloat16>(from, stride, keys, count, query, dim, scale, out);
+        default: return dot_dims<Dtype::float16>(from, stride, keys, count, query, dim, scale, out);
     }
 }
 

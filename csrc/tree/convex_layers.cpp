@@ -11,8 +11,8 @@ namespace hsr::tree {
 namespace {
 
 constexpr int32_t kLeaf = 128;     // points that are scanned without a layer
-constexpr int32_t kScanned = 256;  // vertices of a layer that are scanned
-constexpr int kLayers = 16;        // most layers in a node
+constexpr int32_t kScanned = 384;  // vertices of a layer that are scanned
+constexpr int kLayers = 24;        // most layers in a node
 constexpr int32_t kSampled = 4;    // every kSampled-th entry of a child's catalogue is in its parent's
 constexpr double kScanShare = 0.15, kHitCost = 4.0, kNodeCost = 25.0, kKeyCost = 0.7;  // see partition_tree.cpp
 
@@ -202,8 +202,8 @@ int32_t ConvexLayers::follow(const Node& child, int32_t entry, double angle) con
     return entry;
 }
 
-// The vertex with the largest exact score, from where the angle says, corrected by exact comparisons.
-int64_t ConvexLayers::extreme(const Node& node, int32_t entry, const Query& query) const {
+// The vertex with the largest exact score, from the i-th, where the angle says, corrected by exact comparisons.
+int64_t ConvexLayers::extreme(const Node& node, int64_t i, const Query& query) const {
     const int64_t n = node.end - node.begin;
     const auto at = [&](int64_t i) {
         const int64_t p = node.begin + i;
@@ -213,95 +213,165 @@ int64_t ConvexLayers::extreme(const Node& node, int32_t entry, const Query& quer
         const float *a = at(from), *b = at(to);
         return compare_along(query.q[0], query.q[1], a[0], a[kLanes], b[0], b[kLanes]) > 0;
     };
-    int64_t i = link(node, entry).own % n;
     while (rises(i, (i + 1) % n)) i = (i + 1) % n;
     while (rises(i, (i + n - 1) % n)) i = (i + n - 1) % n;
     return node.begin + i;
 }
 
-bool ConvexLayers::collect(const Query& query, double threshold, Growable<PackedHit>& hits, Counters& counters) const {
-    hits.clear();
-    if (nodes_.empty()) return true;
-    const Kernels& loops = kernels();
-    double budget = kScanShare * double(size()) * kKeyCost;
-    const double angle = std::atan2(query.q[1], query.q[0]);
-    const Search wanted = search(query, threshold);
+// One query on its way down. A node is reached in stages, each of which asks for the memory of the next; several
+// queries take turns, so that it has come by then.
+struct ConvexLayers::Walk {
+    enum Stage { kNode, kLinks, kVertices };
     struct Visit {
         int32_t node, entry;
     };
+    const Query* query;
+    double threshold, angle, budget;
+    Search wanted;
+    Growable<PackedHit>* hits;
+    int number;  // of the query in its tile
+    bool scan;   // a scan is cheaper
+    Stage stage;
+    int top;
+    Visit now;
+    int64_t vertex;
     Visit stack[64];  // one a level and the levels halve
-    int top = 0;
-    stack[top++] = {0, locate(nodes_[0], angle)};
-    while (top) {
-        const Visit visit = stack[--top];
-        const Node& node = nodes_[size_t(visit.node)];
+};
+
+void ConvexLayers::start(Walk& walk, const Query& query, double threshold, Growable<PackedHit>& hits) const {
+    hits.clear();
+    walk.query = &query;
+    walk.threshold = threshold;
+    walk.budget = kScanShare * double(size()) * kKeyCost;
+    walk.wanted = search(query, threshold);
+    walk.hits = &hits;
+    walk.scan = false;
+    walk.stage = Walk::kNode;
+    walk.top = 0;
+    if (nodes_.empty()) return;
+    walk.angle = angles_.empty() ? 0 : std::atan2(query.q[1], query.q[0]);
+    walk.stack[walk.top++] = {0, locate(nodes_[0], walk.angle)};
+}
+
+bool ConvexLayers::step(Walk& walk, Counters& counters) const {
+    constexpr int64_t kLine = 16;  // floats of a cache line
+    if (walk.stage == Walk::kNode) {
+        if (!walk.top) return false;
+        walk.now = walk.stack[--walk.top];
+        const Node& node = nodes_[size_t(walk.now.node)];
         ++counters.nodes;
-        bool open;
+        if (node.entries) {
+            __builtin_prefetch(angles_.data() + node.catalogue + walk.now.entry);
+            __builtin_prefetch(links_.data() + node.catalogue + walk.now.entry);
+        }
         if (!node.searched) {
-            const auto take = [&](int64_t begin, int64_t end) {
-                const size_t found = loops.scan(blocks_.data(), 2, begin, end, wanted, order_.data(),
-                                                hits.room(size_t(end - begin + kLanes)));
-                hits.added(found);
-                budget -= kHitCost * double(found);
-                return found;
-            };
-            const size_t innermost = take(node.inner, node.end);
-            if (node.inner > node.begin) take(node.begin, node.inner);
-            counters.scored += node.end - node.begin;
-            budget -= kNodeCost;
-            open = innermost > 0;
-        } else {
-            const int64_t start = extreme(node, visit.entry, query), n = node.end - node.begin;
-            int64_t walked = 0;
-            const auto take = [&](int64_t position) {
-                const double found = score(position, query);
-                ++counters.scored;
-                if (!(found >= threshold)) return false;
-                const float rounded = float(found);
-                uint32_t bits;
-                __builtin_memcpy(&bits, &rounded, 4);
-                hits.push(uint64_t(uint32_t(order_[size_t(position)])) << 32 | bits);
-                return ++walked, true;
-            };
-            open = take(start);
-            if (open) {
-                for (int64_t p = start;;) {
-                    p = p + 1 == node.end ? node.begin : p + 1;
-                    if (walked == n || !take(p)) break;
-                    if (budget - kHitCost * double(walked) < 0) return false;
-                }
-                for (int64_t p = start;;) {
-                    p = p == node.begin ? node.end - 1 : p - 1;
-                    if (walked == n || !take(p)) break;
-                    if (budget - kHitCost * double(walked) < 0) return false;
-                }
-            }
-            budget -= 2 * kNodeCost + kHitCost * double(walked);
+            const float* const points = blocks_.data() + 2 * node.begin;
+            for (int line = 0; line < 4; ++line) __builtin_prefetch(points + line * kLine);
+            __builtin_prefetch(order_.data() + node.begin);
         }
-        if (budget < 0) return false;
-        if (!open) continue;
-        for (int c = 0; c < 2; ++c) {
-            if (node.child[c] < 0) continue;
-            const Node& child = nodes_[size_t(node.child[c])];
-            __builtin_prefetch(blocks_.data() + 2 * child.begin);
-            __builtin_prefetch(blocks_.data() + 2 * child.begin + 16);
-            __builtin_prefetch(order_.data() + child.begin);
-            const int32_t entry = child.entries ? follow(child, link(node, visit.entry).child[c], angle) : 0;
-            stack[top++] = {node.child[c], entry};
-        }
+        walk.stage = Walk::kLinks;
+        return true;
     }
-    return true;
+    const Node& node = nodes_[size_t(walk.now.node)];
+    if (walk.stage == Walk::kLinks) {
+        if (node.entries) walk.now.entry = follow(node, walk.now.entry, walk.angle);
+        if (node.searched) {
+            walk.vertex = link(node, walk.now.entry).own % (node.end - node.begin);
+            const int64_t p = node.begin + walk.vertex;
+            __builtin_prefetch(blocks_.data() + p / kLanes * 2 * kLanes);
+            __builtin_prefetch(order_.data() + p);
+            walk.stage = Walk::kVertices;
+            return true;
+        }
+        if (scan_layers(walk, node)) open_children(walk, node);
+        counters.scored += node.end - node.begin;
+        walk.budget -= kNodeCost;
+    } else {
+        const size_t found = walk_layer(walk, node, extreme(node, walk.vertex, *walk.query), counters);
+        if (found) open_children(walk, node);
+        walk.budget -= 2 * kNodeCost;
+    }
+    walk.stage = Walk::kNode;
+    walk.scan = walk.budget < 0;
+    return !walk.scan;
+}
+
+// Returns whether a point of the innermost layer is reported: then the last one found is.
+bool ConvexLayers::scan_layers(Walk& walk, const Node& node) const {
+    PackedHit* const hits = walk.hits->room(size_t(node.end - node.begin + kLanes));
+    const size_t found = kernels().scan(blocks_.data(), 2, node.begin, node.end, walk.wanted, order_.data(), hits);
+    if (!found) return false;
+    walk.hits->added(found);
+    walk.budget -= kHitCost * double(found);
+    const int32_t last = int32_t(hits[found - 1] >> 32);
+    int same = 0;
+    for (int64_t p = node.inner; p < node.end; ++p) same |= order_[size_t(p)] == last;
+    return same;
+}
+
+// The run of reported vertices around the extreme one; returns how many.
+size_t ConvexLayers::walk_layer(Walk& walk, const Node& node, int64_t start, Counters& counters) const {
+    const int64_t n = node.end - node.begin;
+    const Query& query = *walk.query;
+    int64_t walked = 0;
+    const auto take = [&](int64_t position) {
+        const double found = score(position, query);
+        ++counters.scored;
+        if (!(found >= walk.threshold)) return false;
+        const float rounded = float(found);
+        uint32_t bits;
+        __builtin_memcpy(&bits, &rounded, 4);
+        walk.hits->push(uint64_t(uint32_t(order_[size_t(position)])) << 32 | bits);
+        walk.budget -= kHitCost;
+        return ++walked, walk.budget >= 0;
+    };
+    if (!take(start)) return size_t(walked);
+    for (int64_t p = start;;) {
+        p = p + 1 == node.end ? node.begin : p + 1;
+        if (walked == n || !take(p)) break;
+    }
+    for (int64_t p = start;;) {
+        p = p == node.begin ? node.end - 1 : p - 1;
+        if (walked == n || !take(p)) break;
+    }
+    return size_t(walked);
+}
+
+void ConvexLayers::open_children(Walk& walk, const Node& node) const {
+    const Link below = node.entries ? link(node, walk.now.entry) : Link{0, {0, 0}};
+    for (int c = 0; c < 2; ++c) {
+        if (node.child[c] < 0) continue;
+        __builtin_prefetch(nodes_.data() + node.child[c]);
+        walk.stack[walk.top++] = {node.child[c], below.child[c]};
+    }
 }
 
 void ConvexLayers::gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const {
-    for (; which; which &= which - 1) {
-        const int i = __builtin_ctzll(which);
-        gathered[i].scan = !collect(tile.queries[i], tile.thresholds[i], gathered[i].hits, counters);
+    constexpr int kTogether = 16;
+    Walk walks[kTogether];
+    int running = 0;
+    while (which || running) {
+        for (; which && running < kTogether; which &= which - 1) {
+            Walk& walk = walks[running++];
+            walk.number = __builtin_ctzll(which);
+            start(walk, tile.queries[walk.number], tile.thresholds[walk.number], gathered[walk.number].hits);
+        }
+        for (int w = 0; w < running;) {
+            if (step(walks[w], counters)) {
+                ++w;
+                continue;
+            }
+            gathered[walks[w].number].scan = walks[w].scan;
+            if (w != --running) walks[w] = walks[running];
+        }
     }
 }
 
 int64_t ConvexLayers::count(const Query& query, double threshold, Rows& rows) const {
-    if (collect(query, threshold, rows.scratch, rows.counters)) return count_live(rows.scratch);
+    Walk walk;
+    start(walk, query, threshold, rows.scratch);
+    while (step(walk, rows.counters)) {}
+    if (!walk.scan) return count_live(rows.scratch);
     return StaticIndex::count(query, threshold, rows);
 }
 
@@ -327,7 +397,7 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
         } else {
             // From the extreme vertex outwards on both sides, the better side first.
             const int64_t n = node.end - node.begin;
-            int64_t left = extreme(node, visit.entry, query), right = left;
+            int64_t left = extreme(node, link(node, visit.entry).own % n, query), right = left;
             high = score(left, query);
             const auto before = [&](int64_t p) { return p == node.begin ? node.end - 1 : p - 1; };
             const auto after = [&](int64_t p) { return p + 1 == node.end ? node.begin : p + 1; };

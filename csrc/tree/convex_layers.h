@@ -52,11 +52,14 @@ private:
     struct Builder;
     struct Walk;
 
-    // False where a scan is cheaper.
-    bool collect(const Query& query, double threshold, Growable<PackedHit>& hits, Counters& counters) const;
+    void start(Walk& walk, const Query& query, double threshold, Growable<PackedHit>& hits) const;
+    bool step(Walk& walk, Counters& counters) const;  // false: at its end
+    void open_children(Walk& walk, const Node& node) const;
+    bool scan_layers(Walk& walk, const Node& node) const;
+    size_t walk_layer(Walk& walk, const Node& node, int64_t start, Counters& counters) const;
     int32_t locate(const Node& node, double angle) const;
     int32_t follow(const Node& child, int32_t entry, double angle) const;
-    int64_t extreme(const Node& node, int32_t entry, const Query& query) const;
+    int64_t extreme(const Node& node, int64_t i, const Query& query) const;
     double score(int64_t position, const Query& query) const;
     Link link(const Node& node, int32_t entry) const;
 

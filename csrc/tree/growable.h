@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <type_traits>
@@ -24,6 +25,7 @@ struct LineAligned {
     bool operator!=(const LineAligned&) const { return false; }
 };
 using Floats = std::vector<float, LineAligned<float>>;
+using Codes = std::vector<uint8_t, LineAligned<uint8_t>>;
 
 template <class T>
 class Growable {

@@ -16,12 +16,18 @@ namespace {
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
-typedef int64_t i64x8 __attribute__((vector_size(64)));
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
 inline f64x8 load8(const float* from) {
+#if defined(__AVX512F__)
+    return (f64x8)_mm512_cvtps_pd(_mm256_loadu_ps(from));  // GCC makes two halves of a conversion
+#else
     f32x8 value;
     __builtin_memcpy(&value, from, sizeof value);
     return __builtin_convertvector(value, f64x8);
+#endif
 }
 
 inline unsigned at_least(f64x8 x, double threshold) {
@@ -115,14 +121,45 @@ inline unsigned screened(const float* keys, int dim, const float* query32, float
     return blocks;
 }
 
+// Which of 16 keys, two neighbouring blocks, the screen lets through.
+template <int D>
+struct PairScreen {
+    const float* query;
+    float limit;
+    int dim;
+#if defined(__AVX512F__)
+    __m512 rows[D / 2 + 1];  // query_2j in the lower eight lanes, query_2j+1 in the upper ones
+#endif
+    PairScreen(const Search& search, int dimension) : query(search.query32), limit(search.screen), dim(dimension) {
+#if defined(__AVX512F__)
+        for (int j = 0; j < D / 2; ++j)
+            rows[j] = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(query[2 * j]), _mm512_set1_ps(query[2 * j + 1]));
+#endif
+    }
+    unsigned operator()(const float* keys) const {
+        const int stride = kLanes * (D ? D : dim);
+#if defined(__AVX512F__)
+        if constexpr (D > 0 && D % 2 == 0) {  // a register is two rows of a block
+            __m512 first = _mm512_mul_ps(_mm512_loadu_ps(keys), rows[0]);
+            __m512 second = _mm512_mul_ps(_mm512_loadu_ps(keys + stride), rows[0]);
+            for (int j = 1; j < D / 2; ++j) {
+                first = _mm512_fmadd_ps(_mm512_loadu_ps(keys + 2 * j * kLanes), rows[j], first);
+                second = _mm512_fmadd_ps(_mm512_loadu_ps(keys + stride + 2 * j * kLanes), rows[j], second);
+            }
+            const __m512 sum =
+                _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x44), _mm512_shuffle_f32x4(first, second, 0xee));
+            return _mm512_cmp_ps_mask(sum, _mm512_set1_ps(limit), _CMP_NLT_UQ);
+        }
+#endif
+        return not_below(score_block32<D>(keys, dim, query), limit) |
+               not_below(score_block32<D>(keys + stride, dim, query), limit) << kLanes;
+    }
+};
+
 template <int D>
 inline unsigned without_excluded(const float* keys, int dim, const Search& search, unsigned mask) {
-    for (int i = 0; i < search.exclusions; ++i) {
-        const f64x8 scores = score_block<D>(keys, dim, search.excluded[i]);
-        unsigned above = 0;
-        for (int lane = 0; lane < kLanes; ++lane) above |= unsigned(scores[lane] > search.excluded_above[i]) << lane;
-        mask &= ~above;
-    }
+    for (int i = 0; i < search.exclusions; ++i)
+        mask &= ~at_least(score_block<D>(keys, dim, search.excluded[i]), search.excluded_from[i]);
     return mask;
 }
 
@@ -142,17 +179,33 @@ inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, c
         emit(block * kLanes, scores, mask);
     };
     int64_t block = begin / kLanes;
-    const float* const query32 = search.query32;
-    if (!query32) {
+    if (!search.query32) {
         for (; block <= last; ++block) decide(block);
         return;
     }
-    const float screen = search.screen;
-    for (; block + kGroup <= last + 1; block += kGroup)
-        for (unsigned open = screened<D>(blocks + block * stride, dim, query32, screen); open; open &= open - 1)
-            decide(block + __builtin_ctz(open));
-    for (; block <= last; ++block)
-        if (not_below(score_block32<D>(blocks + block * stride, dim, query32), screen)) decide(block);
+    // First which blocks are open, then their scores: a branch on each mask would be mispredicted wherever hits are
+    // neither rare nor dense.
+    constexpr int64_t kChunk = 128;
+    uint8_t open[kChunk + 1];
+    const PairScreen<D> screen(search, dim);
+    for (; block <= last; block += kChunk) {
+        const int64_t count = last + 1 - block < kChunk ? last + 1 - block : kChunk;
+        const float* keys = blocks + block * stride;
+        int found = 0;
+        int64_t b = 0;
+        for (; b + 2 <= count; b += 2, keys += 2 * stride) {
+            const unsigned bits = screen(keys);
+            open[found] = uint8_t(b);
+            found += (bits & 0xff) != 0;
+            open[found] = uint8_t(b + 1);
+            found += bits >> kLanes != 0;
+        }
+        if (b < count) {
+            open[found] = uint8_t(b);
+            found += not_below(score_block32<D>(keys, dim, search.query32), search.screen) != 0;
+        }
+        for (int i = 0; i < found; ++i) decide(block + open[i]);
+    }
 }
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
@@ -214,6 +267,80 @@ size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const
 #endif
     });
     return found;
+}
+
+inline f32x16 load16(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    const __m128i codes = _mm_loadu_si128((const __m128i*)from);
+    const __m256 half[2] = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
+                            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
+    f32x16 value;
+    __builtin_memcpy(&value, half, sizeof value);
+    return value;
+#else
+    u8x16 row;
+    __builtin_memcpy(&row, from, sizeof row);
+    return __builtin_convertvector(__builtin_convertvector(row, i32x16), f32x16);
+#endif
+}
+
+// What codes must add up to for a key to stay. The score of a key of leaf c is at most shift + <q, m> +
+// sum_j w_j (code_j - 127.5) + error S + slack, with w_j = q_j h_j / 127.5, S = sum_j |q_j| h_j and the leaf's box m +-
+// h. The slack covers the rounding of these sums in float64: they have at most 6 d + 21 roundings of terms of its unit.
+// In float32 a weight, a product and a sum lose at most 2^-24 each of sum_j |w_j| 255 = 2 S, so (2 d + 1) 2^-23 S
+// together; the limit 2^-24 of its size. Where S is so small or large that the range of float32 matters, codes do not
+// decide.
+template <int D>
+size_t open_blocks(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+                   unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks) {
+    const int d = D ? D : dim;
+    float weights[(D ? D : kMostCoded) * kLanes], limits[kLanes];
+    f64x8 middle = {}, width = {}, sum = {};
+    for (int j = 0; j < d; ++j) {
+        const f64x8 h = load8(volumes + (d + j) * kLanes), weight = h * half.query[j];
+        middle += load8(volumes + j * kLanes) * half.query[j];
+        width += h * half.magnitude[j];
+        sum += weight;
+        const f32x8 rounded = __builtin_convertvector(weight * (1 / kCodeCentre), f32x8);
+        __builtin_memcpy(weights + j * kLanes, &rounded, sizeof rounded);
+    }
+    const f64x8 least = half.threshold - half.shift - middle + sum - error * width - half.slack;
+    const f64x8 size = least < 0 ? -least : least;
+    const f32x8 rounded = __builtin_convertvector(least - (2 * d + 4) * 0x1p-23 * width - 0x1p-22 * size, f32x8);
+    __builtin_memcpy(limits, &rounded, sizeof limits);
+    const unsigned decided = at_least(width, 1e-30) & below(width, 1e30);
+    size_t found = 0;
+    for (; leaves; leaves &= leaves - 1) {
+        const int c = __builtin_ctz(leaves);
+        const uint8_t* row = codes + int64_t(begin[c]) * d;
+        for (int32_t first = begin[c]; first < end[c]; first += kCodeRun, row += d * kCodeRun) {
+            f32x16 scores = load16(row) * weights[c];
+            for (int j = 1; j < d; ++j) scores += load16(row + j * kCodeRun) * weights[j * kLanes + c];
+            f32x8 block[2];
+            __builtin_memcpy(block, &scores, sizeof block);
+            // Without a branch: which blocks stay open cannot be predicted.
+            const unsigned all = ~decided >> c & 1;
+            blocks[found] = first / kLanes;
+            found += (not_below(block[0], limits[c]) | all) != 0;
+            blocks[found] = first / kLanes + 1;
+            found += size_t((not_below(block[1], limits[c]) | all) != 0) & size_t(first + kLanes < end[c]);
+        }
+    }
+    return found;
+}
+
+// The hits of single blocks.
+template <int D>
+size_t scan_blocks(const float* blocks, int dim, const int32_t* list, size_t count, const Search& search,
+                   const int32_t* ids, PackedHit* hits) {
+    PackedHit* out = hits;
+    for (size_t i = 0; i < count; ++i) {
+        const f64x8 scores = score_block<D>(blocks + int64_t(list[i]) * kLanes * (D ? D : dim), dim, search.query);
+        out += pack_hits(int64_t(list[i]) * kLanes, scores, at_least(scores, search.threshold), ids, out);
+    }
+    return size_t(out - hits);
 }
 
 template <int D>
@@ -339,6 +466,16 @@ size_t any_scan(const float* blocks, int dim, int64_t begin, int64_t end, const 
 #define HSR_ARGUMENTS (blocks, dim, begin, end, search, first_id, ids, scores)
     HSR_BY_DIMENSION(scan_rows)
 #undef HSR_ARGUMENTS
+} size_t any_open_blocks(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+                         unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks){
+#define HSR_ARGUMENTS (codes, volumes, dim, half, error, leaves, begin, end, blocks)
+    HSR_BY_DIMENSION(open_blocks)
+#undef HSR_ARGUMENTS
+} size_t any_scan_blocks(const float* blocks, int dim, const int32_t* list, size_t count, const Search& search,
+                         const int32_t* ids, PackedHit* hits){
+#define HSR_ARGUMENTS (blocks, dim, list, count, search, ids, hits)
+    HSR_BY_DIMENSION(scan_blocks)
+#undef HSR_ARGUMENTS
 } int64_t any_count(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search) {
 #define HSR_ARGUMENTS (blocks, dim, begin, end, search)
     HSR_BY_DIMENSION(count)
@@ -368,8 +505,16 @@ unsigned any_classify(const float* volumes, int dim, const HalfSpace& half, cons
 #define HSR_TREE_NAME(x) HSR_TREE_QUOTE(x)
 namespace HSR_TREE_LEVEL {
 const Kernels& table() {
-    static const Kernels kernels{
-        HSR_TREE_NAME(HSR_TREE_LEVEL), any_scan, any_scan_rows, any_count, any_score, any_bounds, any_classify, spread};
+    static const Kernels kernels{HSR_TREE_NAME(HSR_TREE_LEVEL),
+                                 any_scan,
+                                 any_scan_rows,
+                                 any_open_blocks,
+                                 any_scan_blocks,
+                                 any_count,
+                                 any_score,
+                                 any_bounds,
+                                 any_classify,
+                                 spread};
     return kernels;
 }
 }  // namespace HSR_TREE_LEVEL

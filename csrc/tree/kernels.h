@@ -15,6 +15,9 @@
 namespace hsr::tree {
 
 constexpr int kLanes = 8;
+constexpr int kCodeRun = 16;           // keys whose codes stand together
+constexpr double kCodeCentre = 127.5;  // the code of a box's centre
+constexpr int kMostCoded = 32;         // dimensions
 
 inline size_t block_count(int64_t positions) { return size_t(positions + kLanes - 1) / kLanes; }
 
@@ -29,9 +32,9 @@ struct Search {
     double threshold;
     const float* query32 = nullptr;
     float screen = 0;
-    // Keys that other searches have found: those with <excluded[i], key> > excluded_above[i] for an i.
+    // Keys that other searches have found: those with <excluded[i], key> >= excluded_from[i] for an i.
     const double* excluded[3] = {};
-    double excluded_above[3] = {};
+    double excluded_from[3] = {};
     int exclusions = 0;
 };
 
@@ -59,6 +62,15 @@ struct Kernels {
     // The same with the position + first_id and the score in two arrays.
     size_t (*scan_rows)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
                         int64_t first_id, int64_t* ids, float* scores);
+    // Codes of 8 bits, code_j = 127.5 + 127.5 (y_j - centre_j) / half_width_j rounded, stand in runs of 16 keys, row by
+    // row [dim][16]. Leaf c, one of the bits in `leaves`, is [begin[c], end[c]) and volume c; `error` is the largest
+    // |y_j - decoded y_j| / half_width_j. Writes the blocks with a key that its code does not prove out of the
+    // half-space; returns how many. `blocks` has room for two more than there are. dim <= kMostCoded.
+    size_t (*open_blocks)(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+                          unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks);
+    // `scan` of the blocks in `list`, without a screen or exclusions. `hits` has room for 8 more than there may be.
+    size_t (*scan_blocks)(const float* blocks, int dim, const int32_t* list, size_t count, const Search& search,
+                          const int32_t* ids, PackedHit* hits);
     int64_t (*count)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search);
     // scores[p - begin] for p in [begin, end), where begin is a multiple of 8; writes whole blocks.
     void (*score)(const float* blocks, int dim, int64_t begin, int64_t end, const double* query, double* scores);

@@ -11,11 +11,12 @@ namespace hsr::tree {
 namespace {
 
 // Costs in nanoseconds, measured on one core of a server CPU; only their ratios matter.
-constexpr double kHitCost = 5.0;                       // to sort a key that a scan would have found in order
-double visit_cost(int dim) { return 30 + 2.5 * dim; }  // of a node, or of a run of leaves
-double key_cost(int dim) { return 0.1 + 0.12 * dim; }  // of a key in a leaf
-double scan_cost(int dim, int64_t size) {              // of all keys, in order
-    constexpr double kCached = 1.5e6;                  // bytes that stay in the second-level cache
+constexpr double kHitCost = 5.0;                        // to sort a key that a scan would have found in order
+double visit_cost(int dim) { return 30 + 2.5 * dim; }   // of a node, or of a run of leaves
+double key_cost(int dim) { return 0.1 + 0.12 * dim; }   // of a key in a leaf
+double code_cost(int dim) { return 0.1 + 0.05 * dim; }  // of a key in a leaf of codes
+double scan_cost(int dim, int64_t size) {               // of all keys, in order
+    constexpr double kCached = 1.5e6;                   // bytes that stay in the second-level cache
     return double(size) * dim * (4.0 * double(size) * dim < kCached ? 0.06 : 0.14);
 }
 constexpr double kHeadStart = 0.25;  // of a scan, that a query may be behind the pace of one
@@ -33,56 +34,70 @@ struct Item {
 };
 
 // The direction of largest variance of a sample of rows [count][dim], by a few steps of power iteration.
+template <int D>
 void principal_direction(int dim, const float* rows, const Item* items, int64_t count, float* direction) {
     constexpr int64_t kRows = 128;
+    const int d = D ? D : dim;
     const int64_t take = std::min(count, kRows);
-    thread_local std::vector<double> centred, mean, covariance, next, axis;
-    centred.resize(size_t(take * dim));
-    mean.assign(size_t(dim), 0);
-    covariance.assign(size_t(dim * dim), 0);
-    next.resize(size_t(dim));
+    thread_local std::vector<double> room;
+    room.assign(size_t(d * (take + d + 3)), 0);
+    double *const mean = room.data(), *const covariance = mean + d, *axis = covariance + d * d, *next = axis + d;
+    double* const centred = next + d;  // [d][take]
     for (int64_t i = 0; i < take; ++i) {
-        const float* row = rows + int64_t(items[i * count / take].row) * dim;
-        for (int j = 0; j < dim; ++j) mean[size_t(j)] += (centred[size_t(i * dim + j)] = row[j]);
+        const float* row = rows + int64_t(items[i * count / take].row) * d;
+        for (int j = 0; j < d; ++j) mean[j] += (centred[j * take + i] = row[j]);
     }
-    for (double& m : mean) m /= double(take);
-    for (int64_t i = 0; i < take; ++i) {
-        double* row = centred.data() + i * dim;
-        for (int j = 0; j < dim; ++j) row[j] -= mean[size_t(j)];
-        for (int j = 0; j < dim; ++j)
-            for (int k = 0; k <= j; ++k) covariance[size_t(j * dim + k)] += row[j] * row[k];
+    for (int j = 0; j < d; ++j) {
+        mean[j] /= double(take);
+        for (int64_t i = 0; i < take; ++i) centred[j * take + i] -= mean[j];
     }
     int widest = 0;
-    for (int j = 0; j < dim; ++j) {
-        for (int k = 0; k < j; ++k) covariance[size_t(k * dim + j)] = covariance[size_t(j * dim + k)];
-        if (covariance[size_t(j * dim + j)] > covariance[size_t(widest * dim + widest)]) widest = j;
+    for (int j = 0; j < d; ++j) {
+        for (int k = 0; k <= j; ++k) {
+            constexpr int kSums = 4;  // independent, so that they run side by side
+            double sums[kSums] = {};
+            const double *x = centred + j * take, *y = centred + k * take;
+            int64_t i = 0;
+            for (; i + kSums <= take; i += kSums)
+                for (int s = 0; s < kSums; ++s) sums[s] += x[i + s] * y[i + s];
+            for (; i < take; ++i) sums[0] += x[i] * y[i];
+            covariance[k * d + j] = covariance[j * d + k] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        }
+        if (covariance[j * d + j] > covariance[widest * d + widest]) widest = j;
     }
-    axis.assign(covariance.begin() + widest * dim, covariance.begin() + (widest + 1) * dim);
+    for (int j = 0; j < d; ++j) axis[j] = covariance[widest * d + j];
     for (int step = 0;; ++step) {
         double largest = 0;
-        for (double x : axis) largest = std::max(largest, std::fabs(x));
+        for (int j = 0; j < d; ++j) largest = std::max(largest, std::fabs(axis[j]));
         if (!(largest > 0)) {  // all equal: any direction
-            axis.assign(size_t(dim), 0);
-            axis[0] = largest = 1;
+            for (int j = 0; j < d; ++j) axis[j] = j == 0;
+            largest = 1;
         }
-        for (double& x : axis) x /= largest;
+        for (int j = 0; j < d; ++j) axis[j] /= largest;
         if (step == 6) break;
-        for (int j = 0; j < dim; ++j) {
-            next[size_t(j)] = 0;
-            for (int k = 0; k < dim; ++k) next[size_t(j)] += covariance[size_t(j * dim + k)] * axis[size_t(k)];
+        for (int j = 0; j < d; ++j) {
+            next[j] = 0;
+            for (int k = 0; k < d; ++k) next[j] += covariance[j * d + k] * axis[k];
         }
         std::swap(axis, next);
     }
-    for (int j = 0; j < dim; ++j) direction[j] = float(axis[size_t(j)]) / float(dim);
+    for (int j = 0; j < d; ++j) direction[j] = float(axis[j]) / float(d);
 }
 
+// Keys of a run along the direction of its largest variance.
 template <int D>
-void project(int dim, const float* rows, const float* direction, Item* items, int64_t count) {
+void project(int dim, const float* rows, Item* items, int64_t count) {
     const int d = D ? D : dim;
+    thread_local std::vector<float> direction;
+    direction.resize(size_t(d));
+    principal_direction<D>(dim, rows, items, count, direction.data());
+    float axis[D ? D : 1];
+    if (D) std::copy(direction.begin(), direction.end(), axis);
+    const float* const along = D ? axis : direction.data();
     for (int64_t i = 0; i < count; ++i) {
         const float* row = rows + int64_t(items[i].row) * d;
-        float key = row[0] * direction[0];
-        for (int j = 1; j < d; ++j) key += row[j] * direction[j];
+        float key = row[0] * along[0];
+        for (int j = 1; j < d; ++j) key += row[j] * along[j];
         items[i].key = key;
     }
 }
@@ -168,19 +183,16 @@ struct PartitionTree::Builder {
         const int32_t children = (end - begin + child_size - 1) / child_size;
         if (children <= 1) return add_child(node, begin, end);
         const int32_t middle = begin + (children + 1) / 2 * child_size;
-        thread_local std::vector<float> direction;
-        direction.resize(size_t(dim));
-        principal_direction(dim, shared.rows.data(), shared.items.data() + begin, end - begin, direction.data());
         Item* run = shared.items.data() + begin;
         switch (dim) {
-            case 2: project<2>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 3: project<3>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 4: project<4>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 5: project<5>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 6: project<6>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 7: project<7>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            case 8: project<8>(dim, shared.rows.data(), direction.data(), run, end - begin); break;
-            default: project<0>(dim, shared.rows.data(), direction.data(), run, end - begin);
+            case 2: project<2>(dim, shared.rows.data(), run, end - begin); break;
+            case 3: project<3>(dim, shared.rows.data(), run, end - begin); break;
+            case 4: project<4>(dim, shared.rows.data(), run, end - begin); break;
+            case 5: project<5>(dim, shared.rows.data(), run, end - begin); break;
+            case 6: project<6>(dim, shared.rows.data(), run, end - begin); break;
+            case 7: project<7>(dim, shared.rows.data(), run, end - begin); break;
+            case 8: project<8>(dim, shared.rows.data(), run, end - begin); break;
+            default: project<0>(dim, shared.rows.data(), run, end - begin);
         }
         std::nth_element(shared.items.begin() + begin, shared.items.begin() + middle, shared.items.begin() + end,
                          [](const Item& a, const Item& b) { return a.key < b.key; });
@@ -222,26 +234,30 @@ struct PartitionTree::Builder {
     }
 
     static void bound(const Node& node, int dim, const float* rows, float* volumes) {
-        std::vector<double> low(size_t(dim), 0), high(size_t(dim), 0), centre(size_t(dim), 0);
+        std::vector<float> low(size_t(dim), 0), high(size_t(dim), 0), middle(size_t(dim), 0);
         for (int c = 0; c < node.children; ++c) {
             const float* first = rows + int64_t(node.begin[c]) * dim;
             const float* last = rows + int64_t(node.end[c]) * dim;
-            for (int j = 0; j < dim; ++j) low[size_t(j)] = high[size_t(j)] = first < last ? first[j] : 0;
-            for (const float* row = first; row < last; row += dim)
-                for (int j = 0; j < dim; ++j) {
-                    low[size_t(j)] = std::min(low[size_t(j)], double(row[j]));
-                    high[size_t(j)] = std::max(high[size_t(j)], double(row[j]));
-                }
             for (int j = 0; j < dim; ++j) {
-                const float middle = float((low[size_t(j)] + high[size_t(j)]) / 2);
-                centre[size_t(j)] = middle;
-                volumes[j * kFan + c] = middle;
-                volumes[(dim + j) * kFan + c] = round_up(std::max(high[size_t(j)] - middle, middle - low[size_t(j)]));
+                float least = first < last ? first[j] : 0, most = least;
+                for (const float* row = first; row < last; row += dim) {
+                    least = std::min(least, row[j]);
+                    most = std::max(most, row[j]);
+                }
+                middle[size_t(j)] = float((double(least) + most) / 2);
+                low[size_t(j)] = least;
+                high[size_t(j)] = most;
+            }
+            for (int j = 0; j < dim; ++j) {
+                const double centre = middle[size_t(j)];
+                volumes[j * kFan + c] = middle[size_t(j)];
+                volumes[(dim + j) * kFan + c] = round_up(std::max(high[size_t(j)] - centre, centre - low[size_t(j)]));
             }
             double largest = 0;
             for (const float* row = first; row < last; row += dim) {
                 double square = 0;
-                for (int j = 0; j < dim; ++j) square += (row[j] - centre[size_t(j)]) * (row[j] - centre[size_t(j)]);
+                for (int j = 0; j < dim; ++j)
+                    square += (row[j] - double(middle[size_t(j)])) * (row[j] - double(middle[size_t(j)]));
                 largest = std::max(largest, square);
             }
             volumes[2 * dim * kFan + c] = round_up(std::sqrt(largest) * (1 + (dim + 4) * kUnit));
@@ -275,7 +291,9 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
                            node.end[c] - node.begin[c]);
         }
     });
-    leaves_ = blocked(dim, keys, order_.data(), size);
+    // Without a frame the rows are the keys, in tree order.
+    leaves_ = axes_ ? blocked(dim, keys, order_.data(), size) : blocked(dim, shared.rows.data(), nullptr, size);
+    if (dim > 3 && dim <= kMostCoded && leaf_size % kCodeRun == 0) encode(shared.rows.data());
 
     // Rounding of a bound and of a score. Let M be the largest coordinate, u the unit. Centres are at most M,
     // half-widths 2M, radii 2M sqrt(d). The terms of <q, c> +- sum |q_j| h_j sum to at most 3M |q|_1 and see at most
@@ -289,6 +307,40 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
     double reach = largest();
     for (float y : rotated) reach = std::max(reach, std::fabs(double(y)));
     slack_ = kUnit * reach * 16 * std::sqrt(double(dim)) * (dim + 2);
+}
+
+// code_j = 127.5 (y_j - m_j) / h_j + 127.5, rounded, with m and h the centre and half-width of the leaf's box. What
+// this loses is measured, not derived.
+void PartitionTree::encode(const float* rows) {
+    const size_t d = size_t(dim());
+    codes_.assign(size_t((size() + kCodeRun - 1) / kCodeRun) * kCodeRun * d, 0);
+    constexpr size_t kNodes = 64;  // coded as one task
+    std::vector<double> errors((nodes_.size() + kNodes - 1) / kNodes, 0.0);
+    parallel_for(errors.size(), [&](size_t task) {
+        for (size_t index = task * kNodes; index < std::min(nodes_.size(), (task + 1) * kNodes); ++index) {
+            const Node& node = nodes_[index];
+            for (unsigned leaves = node.leaves; leaves; leaves &= leaves - 1) {
+                const int c = __builtin_ctz(leaves);
+                for (size_t j = 0; j < d; ++j) {
+                    const double centre = volumes(index)[j * kFan + size_t(c)];
+                    const double half = volumes(index)[(d + j) * kFan + size_t(c)];
+                    if (!(half > 0)) continue;  // weighs nothing
+                    const double scale = kCodeCentre / half;
+                    double error = 0;
+                    for (int64_t p = node.begin[c]; p < node.end[c]; ++p) {
+                        const double place = (rows[size_t(p) * d + j] - centre) * scale;
+                        const int code = int(std::min(std::max(place + kCodeCentre + 0.5, 0.0), 255.0));
+                        codes_[size_t(p / kCodeRun * kCodeRun) * d + j * kCodeRun + size_t(p % kCodeRun)] =
+                            uint8_t(code);
+                        error = std::max(error, std::fabs(place - (code - kCodeCentre)));
+                    }
+                    errors[task] = std::max(errors[task], error);
+                }
+            }
+        }
+    });
+    for (double error : errors) code_error_ = std::max(code_error_, error / kCodeCentre);
+    code_error_ += 1e-6;  // of measuring
 }
 
 // With y the rotated key and r the residual, <q, x> = <q, mean> + <axes q, y> + <q, r>. Rounding: axes q, <q, mean> and
@@ -339,13 +391,20 @@ struct PartitionTree::Walk {
     struct Take {
         int32_t begin, end, query;
         bool inside;
+        int32_t node;  // of the leaves in `leaves`, to be read as codes; -1 if the keys are read
+        unsigned leaves;
     };
     struct Member {
         View view;
         Search wanted, everything;
         double spent;
     };
-    static constexpr int kWaiting = 16;
+    // Blocks of keys on their way, that the codes left open for a query.
+    struct Opened {
+        int32_t query = 0;
+        Growable<int32_t> blocks;
+    };
+    static constexpr int kWaiting = 16, kAhead = 4;
 
     Walk(const PartitionTree& walked, Member* first_member, Gathered* first_gathered, Counters& counted)
         : tree(walked), members(first_member), gathered(first_gathered), counters(counted) {}
@@ -355,25 +414,53 @@ struct PartitionTree::Walk {
     Member* const members;
     Gathered* const gathered;
     Counters& counters;
-    const double each_key = key_cost(tree.dim()), each_visit = visit_cost(tree.dim());
+    const double each_key = key_cost(tree.dim()), each_code = code_cost(tree.dim()),
+                 each_visit = visit_cost(tree.dim());
     Take waiting[kWaiting];
     unsigned first = 0, next = 0;
+    Opened opened[kAhead];
+    unsigned first_opened = 0, next_opened = 0;
 
-    void take(int32_t query, int32_t begin, int32_t end, bool inside) {
-        members[query].spent += each_visit + each_key * double(end - begin);
-        counters.scored += end - begin;
-        if (next - first == kWaiting) read();
-        waiting[next++ % kWaiting] = {begin, end, query, inside};
-        constexpr int64_t kLine = 16, kMost = 24;  // floats of a cache line; lines asked for
-        const int64_t width = int64_t(kLanes) * tree.dim();
-        const float* from = tree.leaves_.data() + begin / kLanes * width;
-        const float* to = tree.leaves_.data() + (end + kLanes - 1) / kLanes * width;
+    template <class T>
+    static void fetch(const T* from, const T* to) {
+        constexpr int64_t kLine = 64 / sizeof(T), kMost = 32;  // values a cache line; lines asked for
         if (to - from > kMost * kLine) to = from + kMost * kLine;
         for (; from < to; from += kLine) __builtin_prefetch(from);
     }
+    void wait(const Take& take) {
+        if (next - first == kWaiting) read();
+        waiting[next++ % kWaiting] = take;
+    }
+    void take(int32_t query, int32_t begin, int32_t end, bool inside) {
+        members[query].spent += each_visit + each_key * double(end - begin);
+        counters.scored += end - begin;
+        wait({begin, end, query, inside, -1, 0});
+        const int64_t width = int64_t(kLanes) * tree.dim();
+        fetch(tree.leaves_.data() + begin / kLanes * width, tree.leaves_.data() + (end + kLanes - 1) / kLanes * width);
+    }
+    // Leaves of a node, as bits.
+    void take_codes(int32_t query, int32_t index, unsigned leaves) {
+        const Node& node = tree.nodes_[size_t(index)];
+        int64_t keys = 0;
+        for (unsigned rest = leaves; rest; rest &= rest - 1) {
+            const int c = __builtin_ctz(rest);
+            keys += node.end[c] - node.begin[c];
+            fetch(tree.codes_.data() + int64_t(node.begin[c]) * tree.dim(),
+                  tree.codes_.data() + int64_t(node.end[c]) * tree.dim());
+        }
+        members[query].spent += each_visit + each_code * double(keys);
+        counters.scored += keys;
+        wait({0, 0, query, false, index, leaves});
+    }
     void read() {
-        constexpr int32_t kChunk = 4096;  // keys: room is made for hits as they come
         const Take& take = waiting[first++ % kWaiting];
+        if (take.node >= 0)
+            read_codes(take);
+        else
+            read_keys(take);
+    }
+    void read_keys(const Take& take) {
+        constexpr int32_t kChunk = 4096;  // keys: room is made for hits as they come
         Member& member = members[take.query];
         Growable<PackedHit>& hits = gathered[take.query].hits;
         const size_t before = hits.size();
@@ -386,6 +473,32 @@ struct PartitionTree::Walk {
         }
         member.spent += kHitCost * double(hits.size() - before);
     }
+    void read_codes(const Take& take) {
+        if (next_opened - first_opened == kAhead) read_opened();
+        const Node& node = tree.nodes_[size_t(take.node)];
+        Opened& list = opened[next_opened++ % kAhead];
+        list.query = take.query;
+        list.blocks.clear();
+        list.blocks.added(loops.open_blocks(tree.codes_.data(), tree.volumes(size_t(take.node)), tree.dim(),
+                                            members[take.query].view.half, tree.code_error_, take.leaves, node.begin,
+                                            node.end, list.blocks.room(size_t(tree.leaf_size_ / kLanes * kFan) + 2)));
+        const int64_t width = int64_t(kLanes) * tree.dim();
+        for (size_t i = 0; i < list.blocks.size(); ++i) {
+            const float* block = tree.leaves_.data() + list.blocks.data()[i] * width;
+            fetch(block, block + width);
+        }
+    }
+    void read_opened() {
+        Opened& list = opened[first_opened++ % kAhead];
+        const size_t blocks = list.blocks.size();
+        if (!blocks) return;
+        Member& member = members[list.query];
+        Growable<PackedHit>& hits = gathered[list.query].hits;
+        const size_t found = loops.scan_blocks(tree.leaves_.data(), tree.dim(), list.blocks.data(), blocks,
+                                               member.wanted, tree.order_.data(), hits.room((blocks + 1) * kLanes));
+        hits.added(found);
+        member.spent += each_key * double(kLanes * blocks) + kHitCost * double(found);
+    }
     void run(Which which, bool always) {
         struct Visit {
             int32_t node;
@@ -396,6 +509,7 @@ struct PartitionTree::Walk {
         for (Which rest = which; rest; rest &= rest - 1)
             members[__builtin_ctzll(rest)].spent =
                 always ? -std::numeric_limits<double>::infinity() : -kHeadStart * scan;
+        const bool coded = !tree.codes_.empty();
         int top = 0;
         if (!tree.nodes_.empty()) stack[top++] = {0, which};
         Which scanning = 0;
@@ -421,7 +535,11 @@ struct PartitionTree::Walk {
                     take(query, node.begin[c], node.end[c], true);
                 }
                 const unsigned crossed = found >> kFan;
-                for (unsigned leaves = crossed & node.leaves; leaves;) {
+                if (coded && (crossed & node.leaves)) {
+                    counters.nodes += __builtin_popcount(crossed & node.leaves);
+                    take_codes(query, visit.node, crossed & node.leaves);
+                }
+                for (unsigned leaves = coded ? 0 : crossed & node.leaves; leaves;) {
                     // Neighbouring crossed leaves are one run.
                     const int c = __builtin_ctz(leaves), length = __builtin_ctz(~(leaves >> c));
                     leaves &= ~(((1u << length) - 1) << c);
@@ -442,6 +560,7 @@ struct PartitionTree::Walk {
             }
         }
         while (first != next) read();
+        while (first_opened != next_opened) read_opened();
     }
 };
 
@@ -564,7 +683,7 @@ void PartitionTree::erase(int64_t position) {
 int64_t PartitionTree::nbytes() const {
     return StaticIndex::nbytes() + int64_t(nodes_.size() * sizeof(Node) + frames_.size() * sizeof(Frame) +
                                            (volumes_.size() + leaves_.size() + sample_.size()) * sizeof(float) +
-                                           (order_.size() + place_.size()) * sizeof(int32_t));
+                                           codes_.size() + (order_.size() + place_.size()) * sizeof(int32_t));
 }
 
 }  // namespace hsr::tree

@@ -13,6 +13,9 @@
 //
 // Cells are cut and bounded in the principal frame of the keys, so that flat sets have flat boxes.
 //
+// Leaves for d > 3 also stand as codes of 8 bits a coordinate, relative to their boxes: a crossed leaf is read as
+// codes, a quarter of the bytes, and only blocks with a key that these do not prove out are read in full and decide.
+//
 // The shallow rule: a range that crosses too many cells is not shallow, so its output is large and a scan is no
 // dearer. A sample tells a deep query at once; one that falls behind the pace of a scan scans the cells
 // it has not seen. So a query costs little more than a scan, whatever the keys.
@@ -68,6 +71,8 @@ private:
     unsigned classify(const Kernels& loops, size_t node, const HalfSpace& half) const;
     const float* volumes(size_t node) const { return volumes_.data() + node * size_t(2 * dim() + 1) * kFan; }
 
+    void encode(const float* rows);
+
     int leaf_size_;
     double slack_ = 0;  // rounding of bounds and scores, a unit of |q|_1
     PrincipalFrame axes_;
@@ -76,7 +81,9 @@ private:
     std::vector<Frame> frames_;   // of the nodes cut by an equipartition
     std::vector<int32_t> order_;  // position in the order of ids of each tree position
     Floats leaves_;               // the keys in tree order, in blocks
-    Floats sample_;               // some of the keys
+    Codes codes_;            // of the keys in tree order, runs of 16 row by row; empty if leaves do not start at runs
+    double code_error_ = 0;  // largest |y_j - decoded| over the half-width of the leaf's box
+    Floats sample_;          // some of the keys
     std::vector<int32_t> place_;  // inverse of order_, made by the first deletion
 };
 

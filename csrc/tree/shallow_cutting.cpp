@@ -52,6 +52,7 @@ void ShallowCutting::add_level(int64_t sample, int64_t facets, const int32_t* si
         samples_.resize(size_t(rank + 1) * d);
         key(position_[size_t(rank)], samples_.data() + rank * dim());
     }
+    if (levels_.empty()) coarsest_ = blocked(dim(), samples_.data(), nullptr, sample);
     level.first_facet.assign(size_t(sample) + 1, 0);
     for (int32_t rank : level.simplices) ++level.first_facet[size_t(rank) + 1];
     for (size_t v = 0; v < size_t(sample); ++v) level.first_facet[v + 1] += level.first_facet[v];
@@ -210,9 +211,11 @@ int ShallowCutting::descend(const Query& query, double threshold, Cone* cones, C
     const Kernels& loops = kernels();
     int32_t vertex = 0;
     double best = -std::numeric_limits<double>::infinity();
-    for (int32_t rank = 0; rank < levels_[0].sample; ++rank) {
-        const double found = dot(query, rank);
-        if (found > best) best = found, vertex = rank;
+    for (int32_t first = 0; first < levels_[0].sample; first += kLanes) {
+        double scores[kLanes];  // NaN behind the last
+        loops.score(coarsest_.data() + first * dim(), dim(), 0, kLanes, query.q.data(), scores);
+        for (int lane = 0; lane < kLanes; ++lane)
+            if (scores[lane] > best) best = scores[lane], vertex = first + lane;
     }
     int written = 0;
     for (const Level& level : levels_) {
@@ -235,32 +238,48 @@ int ShallowCutting::descend(const Query& query, double threshold, Cone* cones, C
     return written;
 }
 
-// Each list is read down to a height (shallow_cutting.h), in whole blocks. What an earlier list found is left out: the
-// keys above the first one that was not read there, by the same arithmetic that made the lists.
-//
-// Rounding: `bound` covers that of the scores behind the heights (see cone). b - bound, the quotient and the
-// sum lose at most 4 units of their sizes.
-bool ShallowCutting::scan_lists(const Query& query, double threshold, Growable<PackedHit>& hits,
-                                Counters& counters) const {
+bool ShallowCutting::plan(const Query& query, double threshold, Plan& made, Counters& counters) const {
     Cone cones[kMaxLevels];
     const int depth = descend(query, threshold, cones, counters);
     if (!depth) return false;
-    const Level& level = levels_[size_t(depth - 1)];
-    const Cone& cone = cones[depth - 1];
-    Search wanted = search(query, threshold);
-    double normals[kMaxDim][kMaxDim];
-    hits.clear();
+    made.level = &levels_[size_t(depth - 1)];
+    made.cone = cones[depth - 1];
+    return true;
+}
+
+// Each list is read down to a height (shallow_cutting.h), in whole blocks.
+//
+// Rounding: `bound` covers that of the scores behind the heights (see cone). b - bound, the quotient and the
+// sum lose at most 4 units of their sizes.
+void ShallowCutting::limit(double threshold, Plan& made) const {
+    const Level& level = *made.level;
+    const Cone& cone = made.cone;
     for (int i = 0; i < dim(); ++i) {
-        const size_t f = size_t(cone.facet[i]);
-        ++counters.nodes;
+        made.read[i] = 0;
         if (!(cone.lambda[i] > 0)) continue;
+        const size_t f = size_t(cone.facet[i]);
         const double offset = level.offsets[f], gap = (threshold - cone.bound) / (dim() * cone.lambda[i]);
         const double least = offset + gap - 4 * kUnit * (std::fabs(offset) + gap) - 4 * kUnit * gap;
         const auto first = level.heights.begin() + level.list[f] / kLanes,
                    last = level.heights.begin() + level.list[f + 1] / kLanes;
         const auto unread = std::partition_point(first, last, [&](double height) { return !(height < least); });
-        const int64_t read = std::min<int64_t>(level.list_size[f], kLanes * (unread - first));
+        made.read[i] = std::min<int64_t>(level.list_size[f], kLanes * (unread - first));
+    }
+}
+
+// What an earlier list found is left out: the keys above the first one that was not read there, by the same arithmetic
+// that made the lists.
+void ShallowCutting::scan_lists(const Query& query, double threshold, const Plan& plan, Growable<PackedHit>& hits,
+                                Counters& counters) const {
+    const Level& level = *plan.level;
+    Search wanted = search(query, threshold);
+    double normals[kMaxDim][kMaxDim];
+    hits.clear();
+    counters.nodes += dim();
+    for (int i = 0; i < dim(); ++i) {
+        const int64_t read = plan.read[i];
         if (!read) continue;
+        const size_t f = size_t(plan.cone.facet[i]);
         PackedHit* room = hits.room(size_t(read + kLanes));
         hits.added(kernels().scan(level.keys.data(), dim(), level.list[f], level.list[f] + read, wanted,
                                   level.positions.data(), room));
@@ -269,22 +288,63 @@ bool ShallowCutting::scan_lists(const Query& query, double threshold, Growable<P
         double* normal = normals[wanted.exclusions];
         for (int j = 0; j < dim(); ++j) normal[j] = level.normals[f * size_t(dim()) + size_t(j)];
         wanted.excluded[wanted.exclusions] = normal;
-        wanted.excluded_above[wanted.exclusions++] = unread == last ? offset : *unread;
+        const double unread =
+            read < level.list_size[f] ? level.heights[size_t((level.list[f] + read) / kLanes)] : level.offsets[f];
+        wanted.excluded_from[wanted.exclusions++] = std::nextafter(unread, std::numeric_limits<double>::infinity());
     }
-    return true;
 }
 
+// In stages over all queries, so that the memory one asks for comes while the others are at work.
 void ShallowCutting::gather(const Tile& tile, Which which, Gathered* gathered, Counters& counters) const {
-    Which deep = which;
-    for (; which; which &= which - 1) {
-        const int i = __builtin_ctzll(which);
-        if (scan_lists(tile.queries[i], tile.thresholds[i], gathered[i].hits, counters)) deep &= ~(which & -which);
+    constexpr int64_t kLine = 16, kMost = 64;  // floats of a cache line; lines asked for
+    Plan plans[kTile];
+    Which deep = 0, lists = 0;
+    for (Which rest = which; rest; rest &= rest - 1) {
+        const int i = __builtin_ctzll(rest);
+        if (!plan(tile.queries[i], tile.thresholds[i], plans[i], counters)) {
+            deep |= rest & -rest;
+            continue;
+        }
+        lists |= rest & -rest;
+        const Level& level = *plans[i].level;
+        for (int j = 0; j < dim(); ++j) {
+            const size_t f = size_t(plans[i].cone.facet[j]);
+            __builtin_prefetch(level.list.data() + f);
+            __builtin_prefetch(level.list_size.data() + f);
+        }
+    }
+    for (Which rest = lists; rest; rest &= rest - 1) {
+        const int i = __builtin_ctzll(rest);
+        const Level& level = *plans[i].level;
+        for (int j = 0; j < dim(); ++j) {
+            const size_t f = size_t(plans[i].cone.facet[j]);
+            const int64_t first = level.list[f] / kLanes, blocks = level.list[f + 1] / kLanes - first;
+            for (int64_t step = blocks / 2; step > 3; step /= 2)
+                __builtin_prefetch(&level.heights[size_t(first + step)]);
+        }
+    }
+    for (Which rest = lists; rest; rest &= rest - 1) {
+        const int i = __builtin_ctzll(rest);
+        limit(tile.thresholds[i], plans[i]);
+        const Level& level = *plans[i].level;
+        for (int j = 0; j < dim(); ++j) {
+            const float* from = level.keys.data() + level.list[size_t(plans[i].cone.facet[j])] * dim();
+            const float* to = from + std::min(plans[i].read[j] * dim(), kMost * kLine);
+            for (; from < to; from += kLine) __builtin_prefetch(from, 0, 2);  // to the second-level cache
+        }
+    }
+    for (Which rest = lists; rest; rest &= rest - 1) {
+        const int i = __builtin_ctzll(rest);
+        scan_lists(tile.queries[i], tile.thresholds[i], plans[i], gathered[i].hits, counters);
     }
     if (deep) PartitionTree::gather(tile, deep, gathered, counters);
 }
 
 int64_t ShallowCutting::count(const Query& query, double threshold, Rows& rows) const {
-    if (!scan_lists(query, threshold, rows.scratch, rows.counters)) return PartitionTree::count(query, threshold, rows);
+    Plan made;
+    if (!plan(query, threshold, made, rows.counters)) return PartitionTree::count(query, threshold, rows);
+    limit(threshold, made);
+    scan_lists(query, threshold, made, rows.scratch, rows.counters);
     // Keys of equal height may stand in two lists' parts that were read.
     sort_hits(rows.scratch, rows.sorted, size());
     PackedHit* const hits = rows.scratch.data();
@@ -340,7 +400,8 @@ int64_t ShallowCutting::list_bytes() const {
 
 int64_t ShallowCutting::nbytes() const {
     return PartitionTree::nbytes() + list_bytes() +
-           int64_t((position_.size() + rank_.size()) * sizeof(int32_t) + samples_.size() * sizeof(float));
+           int64_t((position_.size() + rank_.size()) * sizeof(int32_t) +
+                   (samples_.size() + coarsest_.size()) * sizeof(float));
 }
 
 }  // namespace hsr::tree

@@ -74,11 +74,21 @@ private:
     Cone cone(const Level& level, int32_t vertex, const Query& query) const;
     // Walks down while the samples' extreme scores stay below the threshold; returns how many cones it wrote.
     int descend(const Query& query, double threshold, Cone* cones, Counters& counters) const;
-    bool scan_lists(const Query& query, double threshold, Growable<PackedHit>& hits, Counters& counters) const;
+    // The parts of the lists of one cone that hold every key to report; false if no sample lies below the half-space.
+    struct Plan {
+        const Level* level;
+        Cone cone;
+        int64_t read[kMaxDim];  // keys, from the highest down
+    };
+    bool plan(const Query& query, double threshold, Plan& made, Counters& counters) const;
+    void limit(double threshold, Plan& made) const;
+    void scan_lists(const Query& query, double threshold, const Plan& plan, Growable<PackedHit>& hits,
+                    Counters& counters) const;
 
     std::vector<int32_t> position_;  // of each rank
     std::vector<int32_t> rank_;      // of each position
     std::vector<float> samples_;     // [rank][dim], of the finest sample
+    Floats coarsest_;                // the first sample in blocks
     std::vector<Level> levels_;
 };
 

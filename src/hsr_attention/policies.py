@@ -87,8 +87,8 @@ class ReLUPolicy:
 
     Attributes
     ----------
-    threshold : float, one for each head, one for each query, or a rule from ``thresholds``
-        The b of the paper, in logit units.
+    threshold : float, one for each head, one for each query, or a rule
+        The b of the paper, in logit units; ``thresholds`` has rules.
     power : int in [1, 16]
         The alpha of the paper.
     """

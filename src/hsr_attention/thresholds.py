@@ -1,7 +1,7 @@
 """Rules for the threshold b, in logit units (b of the paper: ``scale * <q, k> >= b``).
 
-A rule is a function of the queries and of what is known of the keys; see ``CONTRIBUTING.md`` for
-how to add one. A plain number, or one for each head or query, needs no rule.
+A rule is a function of the queries and of what is known of the keys; ``docs/extend/threshold_rule.md``
+shows how to add one. A plain number, or one for each head or query, needs no rule.
 """
 
 from __future__ import annotations

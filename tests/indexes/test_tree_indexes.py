@@ -51,6 +51,33 @@ def test_exact_when_deep(kind, d, geometry):
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("leaf_size", [1, 16, 48, 100, 128])
+@pytest.mark.parametrize("d", [4, 7, 8])
+def test_leaves_read_as_codes(d, leaf_size, isa):
+    """Leaves of whole runs of 16 keys are read as codes, others in full: the same answers."""
+    before = _native.isa_in_use()
+    try:
+        _native.use_isa(isa)
+    except ValueError:
+        pytest.skip(f"this machine has no {isa}")
+    try:
+        rng = np.random.default_rng([d, leaf_size])
+        n = 8003  # the last run is not full
+        keys = make_keys(rng, n, d, "clusters")
+        queries = rng.normal(size=(20, d)).astype(np.float32)
+        table = scores(queries, keys)
+        limits = np.partition(table, n - 30, axis=1)[:, n - 30]
+        limits[::2] = np.nextafter(limits[::2], np.inf)
+        report = PartitionTreeIndex(keys, leaf_size=leaf_size).report(queries, limits)
+        for i in range(len(queries)):
+            np.testing.assert_array_equal(report.row(i)[0], np.flatnonzero(table[i] >= limits[i]))
+        if leaf_size >= 16:  # not by scans, which single keys as leaves come to
+            assert report.work.full_scored < len(queries) * n / 2
+    finally:
+        _native.use_isa(before)
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_every_instruction_set_reports_the_same(kind, isa):
     before = _native.isa_in_use()
     try:

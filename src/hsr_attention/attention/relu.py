@@ -34,13 +34,29 @@ def relu_attention(
     Parameters
     ----------
     q : [batch, heads, m, head_dim]
-    k, v : [batch, kv_heads, n, head_dim], [batch, kv_heads, n, value_dim]
+        Queries; kinds and dtypes as in ``softmax_attention``.
+    k : [batch, kv_heads, n, head_dim]
+        Keys.
+    v : [batch, kv_heads, n, value_dim]
+        Values, of the dtype of k.
     threshold : number, [heads], anything that broadcasts to [batch, heads, m], or a rule
         b of the paper, in logit units; ``thresholds.Gaussian()`` keeps about n^(4/5) keys.
     power : int >= 1
         alpha of the paper.
     scale, is_causal, mask, index, return_certificate
         As in ``softmax_attention``.
+
+    Returns
+    -------
+    [batch, heads, m, value_dim]
+        Of the kind and dtype of q; with ``return_certificate`` a pair of it and a ``Certificate``.
+
+    Raises
+    ------
+    ValueError
+        For shapes, ranges, a threshold of -inf or NaN, or numbers that are not finite.
+    TypeError
+        For dtypes that differ or are not supported, or no threshold.
     """
     policy = ReLUPolicy(threshold=threshold, power=power)  # type: ignore[arg-type]
     options = (policy, q, k, v, scale, is_causal, mask, return_certificate)

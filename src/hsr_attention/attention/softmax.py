@@ -31,17 +31,24 @@ def softmax_attention(
     """Softmax attention by half-space reporting, as torch's ``scaled_dot_product_attention``.
 
     out = sum_j w_j v_j / sum_j w_j with w_j = exp(scale <q, k_j>) over the keys a rule keeps (paper,
-    Definition 1.1 and Theorem 4.2). Give one rule, or none for ``epsilon=0.04``:
-
-    - ``epsilon``: keep enough keys that the omitted share of the mass is at most epsilon;
-    - ``top_r``: the r largest logits at full precision;
-    - ``threshold``: logits >= threshold at full precision; a number, one a head, or one a query.
+    Definition 1.1 and Theorem 4.2). Give one of the rules ``epsilon``, ``top_r`` and ``threshold``, or
+    none for ``epsilon=0.04``.
 
     Parameters
     ----------
     q : [batch, heads, m, head_dim]
-    k, v : [batch, kv_heads, n, head_dim], [batch, kv_heads, n, value_dim]
-        numpy or torch (CPU); float32, bfloat16 or float16. heads must be a multiple of kv_heads.
+        numpy or torch (CPU); float32, bfloat16 or float16 (numpy float64 is read as float32). heads
+        must be a multiple of kv_heads.
+    k : [batch, kv_heads, n, head_dim]
+        Keys. Query head h reads key head h // (heads / kv_heads).
+    v : [batch, kv_heads, n, value_dim]
+        Values, of the dtype of k.
+    top_r : int >= 1, optional
+        The r largest logits at full precision.
+    epsilon : float in (0, 1), optional
+        Keep enough keys that the omitted share of the mass is at most epsilon.
+    threshold : number, [heads], or what broadcasts to [batch, heads, m], or a rule, optional
+        Logits >= threshold at full precision.
     tail : "sketch" or "drop"
         Weigh the keys outside the exact set from their codes, or leave them out as the paper does.
     exact : bool
@@ -63,10 +70,18 @@ def softmax_attention(
     return_certificate : bool
         Return ``(out, Certificate)``.
 
+    Returns
+    -------
+    [batch, heads, m, value_dim]
+        Of the kind and dtype of q; with ``return_certificate`` a pair of it and a ``Certificate``.
+        Rows that may see no key are zero.
+
     Raises
     ------
-    ValueError, TypeError
-        For shapes, dtypes, ranges, two rules at once, or numbers that are not finite.
+    ValueError
+        For shapes, ranges, two rules at once, or numbers that are not finite.
+    TypeError
+        For dtypes that differ or are not supported.
     """
     policy = SoftmaxPolicy(
         epsilon=epsilon,

@@ -11,6 +11,8 @@ import sys
 
 EXTRAS = {
     "cli": ("typer", "rich", "matplotlib"),
+    "libraries": ("sklearn",),
+    "trees": ("scipy",),
     "transformers": ("torch", "transformers", "gguf"),
 }
 

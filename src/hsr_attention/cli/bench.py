@@ -9,6 +9,9 @@ import typer
 from hsr_attention.cli import console, options
 from hsr_attention.cli.bench_generate import bench_generate
 from hsr_attention.cli.bench_index import bench_index
+from hsr_attention.cli.bench_index_append import bench_index_append
+from hsr_attention.cli.bench_index_libraries import bench_index_libraries
+from hsr_attention.cli.bench_index_worst import bench_index_worst
 from hsr_attention.cli.bench_length import bench_length
 from hsr_attention.cli.bench_prefill import bench_prefill
 from hsr_attention.cli.bench_relu import bench_relu
@@ -32,6 +35,9 @@ app.command("length")(bench_length)
 app.command("relu")(bench_relu)
 app.command("threads")(bench_threads)
 app.command("index")(bench_index)
+app.command("index-append")(bench_index_append)
+app.command("index-libraries")(bench_index_libraries)
+app.command("index-worst")(bench_index_worst)
 app.command("prefill")(bench_prefill)
 app.command("scaling")(bench_scaling)
 

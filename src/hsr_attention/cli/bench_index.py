@@ -8,30 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hsr_attention.cli import options
 from hsr_attention.experiments import index_scaling
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    """Read "2..4", "1e3,1e4" or "6" as integers."""
-    try:
-        if ".." in text:
-            first, last = (int(part) for part in text.split(".."))
-            numbers = list(range(first, last + 1))
-        else:
-            numbers = [int(float(part)) for part in text.split(",")]
-    except (ValueError, OverflowError):
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f'{option} must be like "2..8" or "1e3,1e4", got {text!r}')
-    return numbers
-
-
-def _words(option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
-    words = list(allowed) if text == "all" else text.split(",")
-    for word in words:
-        if word not in allowed:
-            raise typer.BadParameter(f"{option} must be among {', '.join(allowed)}, got {word!r}")
-    return words
 
 
 def bench_index(
@@ -50,11 +28,11 @@ def bench_index(
 ) -> None:
     """Time, work, growth and crossovers of convex layers, partition trees and shallow cuttings."""
     result = index_scaling.run(
-        dims=_numbers("--dim", dim),
-        sizes=_numbers("--n", n),
-        kinds=_words("--kind", kind, tuple(index_scaling.KINDS)),
-        data=_words("--data", data, index_scaling.DATA),
-        output=_words("--output", output, ("fixed", "power"))[0],
+        dims=options.sizes(dim, "--dim"),
+        sizes=options.sizes(n, "--n"),
+        kinds=options.words(kind, "--kind", tuple(index_scaling.KINDS)),
+        data=options.words(data, "--data", index_scaling.DATA),
+        output=options.words(output, "--output", ("fixed", "power"))[0],
         queries=queries,
         threads=threads,
         seed=seed,

@@ -173,11 +173,29 @@ def shape(text: str) -> tuple[int, int, int]:
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """Return the integers of a text such as ``1,2,3``, in order, each once."""
+    """Return the integers of a text such as ``1,2,3``, ``2..8`` or ``1e3``, in order, each once."""
     try:
-        return sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        raise InputError(f"{option} must be numbers with commas, got {text!r}") from None
+        if ".." in text:
+            first, last = (int(word) for word in text.split(".."))
+            found = list(range(first, last + 1))
+        else:
+            values = {float(word) for word in text.split(",")}
+            found = sorted(int(value) for value in values if value.is_integer())
+            if len(found) < len(values):
+                raise ValueError
+    except (ValueError, OverflowError):
+        found = []
+    if not found:
+        raise InputError(f"{option} must be numbers with commas, got {text!r}")
+    return found
+
+
+def sizes(text: str, option: str) -> list[int]:
+    """Return ``numbers`` that are at least 1."""
+    found = numbers(text, option)
+    if found[0] < 1:
+        raise InputError(f"{option} must be at least 1, got {found[0]}")
+    return found
 
 
 def text(prompt_file: Path | None, essays: int | None) -> str:
@@ -282,3 +300,12 @@ def writable(path: Path | None, option: str) -> None:
     """Refuse an output file in a directory that does not exist, before any work is done."""
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{option}: directory {path.parent} does not exist")
+
+
+def words(text: str, option: str, allowed: tuple[str, ...]) -> list[str]:
+    """Return the words of a text such as ``one,two``; ``all`` is every allowed one."""
+    found = list(allowed) if text == "all" else text.split(",")
+    for word in found:
+        if word not in allowed:
+            raise InputError(f"{option} must be among {', '.join(allowed)}, got {word!r}")
+    return found

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    return _entry("/proc/cpuinfo", "model name") or platform.processor()
+
+
+def _entry(file: str, word: str) -> str | None:
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    values = [line.partition(":")[2].strip() for line in lines if line.startswith(word)]
+    return values[0] if values else None
 
 
 def machine() -> dict[str, Any]:
@@ -18,13 +33,8 @@ def machine() -> dict[str, Any]:
         ("/proc/cpuinfo", "model name", "processor"),
         ("/proc/meminfo", "MemTotal", "memory"),
     ):
-        try:
-            lines = Path(file).read_text().splitlines()
-        except OSError:
-            continue
-        values = [line.partition(":")[2].strip() for line in lines if line.startswith(word)]
-        if values:
-            found[name] = values[0]
+        if (value := _entry(file, word)) is not None:
+            found[name] = value
     return found
 
 

@@ -23,6 +23,18 @@ def exponent(sizes: ArrayLike, values: ArrayLike) -> dict[str, float]:
     return {"exponent": slope, "error": error, "offset": offset}
 
 
+def interval(sizes: ArrayLike, values: ArrayLike) -> tuple[float, float, float] | None:
+    """Return the exponent and its 95 % confidence interval (Student's t); None below three sizes."""
+    from scipy.stats import t
+
+    x = np.asarray(sizes, float)
+    if len(np.unique(x)) < 3:
+        return None
+    fit = exponent(x, values)
+    half = float(t.ppf(0.975, len(x) - 2)) * fit["error"]
+    return fit["exponent"], fit["exponent"] - half, fit["exponent"] + half
+
+
 def crossing(sizes: ArrayLike, gains: ArrayLike) -> float | None:
     """Return the n from which gain > 1 for good, interpolated on logarithmic scales; None if never."""
     order = np.argsort(np.asarray(sizes))

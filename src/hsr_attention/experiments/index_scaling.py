@@ -7,7 +7,6 @@ log n in convex layers and shallow cuttings. Every row is first compared with a 
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsr_attention import _native
+from hsr_attention.evaluation.environment import processor
+from hsr_attention.experiments import growth
 from hsr_attention.indexes.convex_layers import ConvexLayersIndex
 from hsr_attention.indexes.flat import FlatIndex
 from hsr_attention.indexes.partition_tree import PartitionTreeIndex
@@ -142,12 +143,12 @@ def _measure_one(
     flat = FlatIndex(keys)
     limits = np.array([flat.top_r(query[None], k).scores.min() for query in q], np.float64)
     truth = flat.report(q, limits)
-    flat_times = _times(flat, q, limits)
+    flat_times = times(flat, q, limits)
     rows = []
     for kind in kinds:
         if d not in KINDS[kind].dimensions:  # type: ignore[attr-defined]
             continue
-        clock = _clock()
+        clock = thread_clock()
         start = clock()
         index = KINDS[kind](keys)
         build = clock() - start
@@ -157,7 +158,7 @@ def _measure_one(
             and np.array_equal(report.indptr, truth.indptr)
         ):
             raise AssertionError(f"{kind} and FlatIndex differ at d={d}, n={n}, {data}")
-        batch, single = _times(index, q, limits)
+        batch, single = times(index, q, limits)
         rows.append(
             Row(kind, data, d, n, len(report.indices) / queries, batch, single, *flat_times,
                 report.work.nodes_visited / queries, report.work.full_scored / queries, build,
@@ -166,15 +167,16 @@ def _measure_one(
     return rows
 
 
-def _clock() -> Callable[[], float]:
+def thread_clock() -> Callable[[], float]:
+    """Return the clock of the measurements: of the thread if there is one, else of the wall."""
     return time.thread_time if _native.num_threads() == 1 else time.perf_counter
 
 
-def _times(
+def times(
     index: Any, queries: NDArray[np.float32], limits: NDArray[np.float64]
 ) -> tuple[float, float]:
     """Return medians in microseconds a query: all in one call, and one call each."""
-    clock = _clock()
+    clock = thread_clock()
     batch, single = [], []
     for _ in range(REPEATS):
         start = clock()
@@ -201,8 +203,6 @@ def exponents(rows: Sequence[Row]) -> list[Fit]:
 
     Rows of a fixed output that report more than n / 32 keys are left out: they are scans.
     """
-    from scipy.stats import linregress, t
-
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         if row.k > 32 and row.k > row.n / 32 and row.k < 0.9 * row.n**0.8:
@@ -210,39 +210,24 @@ def exponents(rows: Sequence[Row]) -> list[Fit]:
         groups.setdefault((row.kind, row.data, row.d), []).append(row)
     fits = []
     for (kind, data, d), members in groups.items():
-        if len({row.n for row in members}) < 3:
-            continue
-        x = np.log([row.n for row in members])
         for quantity in ("nodes", "scored", "batch"):
-            y = np.log([max(getattr(row, quantity), 1.0) for row in members])
-            fit: Any = linregress(x, y)
-            half = t.ppf(0.975, len(members) - 2) * fit.stderr
-            fits.append(
-                Fit(kind, data, d, quantity, fit.slope, fit.slope - half, fit.slope + half,
-                    theory(kind, d))
-            )  # fmt: skip
+            values = [max(getattr(row, quantity), 1.0) for row in members]
+            fit = growth.interval([row.n for row in members], values)
+            if fit is not None:
+                fits.append(Fit(kind, data, d, quantity, *fit, theory(kind, d)))
     return fits
 
 
 def crossovers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return, for each kind, data set and d, the n from which the index beats a scan in batches.
 
-    Interpolated between sizes on logarithmic scales; None if it never does.
+    Interpolated between sizes on logarithmic scales; None if it does not at the largest.
     """
     found = []
     for kind, data, d in sorted({(row.kind, row.data, row.d) for row in rows}):
         members = [row for row in rows if (row.kind, row.data, row.d) == (kind, data, d)]
         members.sort(key=lambda row: row.n)
-        gains = np.log([row.speedup for row in members])
-        sizes = np.log([row.n for row in members])
-        wins = np.flatnonzero(gains > 0)
-        n: float | None = None
-        if wins.size and (wins[0] == 0):
-            n = float(members[0].n)
-        elif wins.size:
-            i = int(wins[0])
-            share = -gains[i - 1] / (gains[i] - gains[i - 1])
-            n = float(np.exp(sizes[i - 1] + share * (sizes[i] - sizes[i - 1])))
+        n = growth.crossing([row.n for row in members], [row.speedup for row in members])
         found.append({"kind": kind, "data": data, "d": d, "from_n": n,
                       "speedup_at_largest": members[-1].speedup})  # fmt: skip
     return found
@@ -258,16 +243,6 @@ def run(**options: Any) -> dict[str, Any]:
         "exponents": [asdict(fit) for fit in exponents(rows)],
         "crossovers": crossovers(rows),
     }  # fmt: skip
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:

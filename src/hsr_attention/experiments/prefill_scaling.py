@@ -21,7 +21,8 @@ from hsr_attention import _native
 from hsr_attention.attention.relu import relu_attention
 from hsr_attention.evaluation import output_error, prefill_speed
 from hsr_attention.evaluation.decode_speed import Heads
-from hsr_attention.experiments.index_scaling import processor
+from hsr_attention.evaluation.environment import processor
+from hsr_attention.experiments import growth
 from hsr_attention.indexes.choose import LARGEST_TREE_DIM, choose
 from hsr_attention.policies import ReLUPolicy
 from hsr_attention.thresholds import Gaussian
@@ -157,24 +158,18 @@ def _measure_one(d: int, n: int, index: str, repeats: int, seed: int) -> Row:
 
 def exponents(rows: Sequence[Row]) -> list[Fit]:
     """Fit log quantity = a + e log n for each dimension that has three sizes."""
-    from scipy.stats import linregress, t
-
     fits = []
     for d in sorted({row.d for row in rows}):
         members = sorted((row for row in rows if row.d == d), key=lambda row: row.n)
-        if len({row.n for row in members}) < 3:
-            continue
         kinds = "/".join(dict.fromkeys(row.index for row in members))
-        x = np.log([row.n for row in members])
+        sizes = [row.n for row in members]
         for quantity, expected in (("seconds", theory(d)), ("kept", 0.8), ("dense_seconds", 2.0)):
-            y = np.log([max(getattr(row, quantity), 1e-9) for row in members])
-            fit: Any = linregress(x, y)
-            half = t.ppf(0.975, len(members) - 2) * fit.stderr
-            last = float((y[-1] - y[-2]) / (x[-1] - x[-2]))
-            fits.append(
-                Fit(d, kinds, quantity, float(fit.slope), float(fit.slope - half),
-                    float(fit.slope + half), last, expected)
-            )  # fmt: skip
+            values = [getattr(row, quantity) for row in members]
+            fit = growth.interval(sizes, values)
+            if fit is None:
+                continue
+            last = growth.exponent(sizes[-2:], values[-2:])["exponent"]
+            fits.append(Fit(d, kinds, quantity, *fit, last, expected))
     return fits
 
 

@@ -25,16 +25,21 @@ class PartitionTreeIndex(LogarithmicIndex):
     ----------
     keys : [n, d]
         float32, float16 or bfloat16; copied.
-    leaf_size : int
-        Keys in a leaf. Changes the speed, never the answer.
+    leaf_size : int, optional
+        Keys in a leaf; by default 64 for d <= 3 and 128, which are read as codes, for more.
+        Changes the speed, never the answer.
     """
 
     kind = "partition_tree"
     dimensions = range(1, arguments.MAX_HEAD_DIM + 1)
 
-    def __init__(self, keys: Any, *, leaf_size: int = 64):
-        self._leaf_size = arguments.positive_integer("leaf_size", leaf_size)
+    def __init__(self, keys: Any, *, leaf_size: int | None = None):
+        self._leaf_size = (
+            None if leaf_size is None else arguments.positive_integer("leaf_size", leaf_size)
+        )
         super().__init__(keys)
 
     def _build(self, keys: NDArray[np.float32], ids: NDArray[np.int64]) -> Any:
-        return _native.PartitionTree(keys, ids, self._leaf_size)
+        return _native.PartitionTree(
+            keys, ids, self._leaf_size or (64 if keys.shape[1] <= 3 else 128)
+        )

@@ -1,0 +1,199 @@
+// Kernels of prompts: weights and values in 8 bits, multiplied as integers. Private to loops.h, in its anonymous
+// namespace. Logits are in units of log 2.
+
+// A range of values: v ~ low + step * code, code in 0..255.
+void code_values(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t* codes, float* range) {
+    const uint8_t* from = (const uint8_t*)rows;
+    const size_t wide = size_t(padded16(dim));
+    f32x16 widest = {};
+    for (int at = 0; at < dim; at += 16) {
+        const bool part = dim - at < 16;
+        const auto value = [&](size_t key) {
+            const uint8_t* row = from + key * stride;
+            return part ? load_row_part(dtype, row, at, dim - at) : load_row(dtype, row, at);
+        };
+        f32x16 least = value(0), most = least, total = {};
+        for (size_t first = 0; first < kRangeKeys; first += kSumPiece) {
+            f32x16 sum = {};
+            for (size_t key = first; key < first + kSumPiece; ++key) {
+                const f32x16 v = value(key);
+                least = min_of(least, v);
+                most = max_of(most, v);
+                sum += v;
+            }
+            total += sum;
+        }
+        f32x16 step = (most - least) * (1.0f / 255.0f);
+        step = step > 1e-37f ? step : splat(1e-37f);
+        const f32x16 inverse = 1.0f / step;
+        const auto code = [&](size_t key) {
+            const i32x16 c = __builtin_convertvector((value(key) - least) * inverse + 0.5f, i32x16);
+            return c > 255 ? splat(255) : c;
+        };
+        for (size_t key = 0; key < kRangeKeys; key += 4)
+            store(codes + (key / 4 * wide + size_t(at)) * 4,
+                  code(key) | code(key + 1) << 8 | code(key + 2) << 16 | code(key + 3) << 24);
+        store(range + at, least);
+        store(range + wide + at, step);
+        store(range + 2 * wide + at, total * (1.0f / float(kRangeKeys)));
+        widest = max_of(widest, step);
+    }
+    range[3 * wide] = max_of_lanes(widest);
+}
+
+// 2^t within 1e-4 of itself, for t <= 0: a minimax polynomial of degree 3 on [-1/2, 1/2].
+inline f32x16 power_of_two(f32x16 t) {
+#if defined(__AVX512VNNI__)
+    const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    t = max_of(min_of(t, splat(0.0f)), splat(-126.0f));
+    const f32x16 shifted = t + magic, n = shifted - magic;
+#endif
+    const f32x16 f = t - n;
+    const f32x16 p = ((f * 5.517149e-2f + 0.24261094f) * f + 0.69326099f) * f + 0.99992808f;
+#if defined(__AVX512VNNI__)
+    return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return (f32x16)((i32x16)p + ((i32x16)shifted << 23));
+#endif
+}
+
+// Of logits[count], a multiple of 64 (-inf is nothing), those in [from, exact_from) as digits
+// of 2^(logit - cap) * kDigits, cap >= all of them; each is off by less than one, up or down by its place, so that sums
+// of many small weights are neither. Those from exact_from on are listed; the mass of the others is bounded as in
+// select_row.
+void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, int8_t* digits, uint32_t* positions,
+                 float* exact, WeighedRow* out) {
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    // (2 k + 1) / 128 for every k below 64, neighbours far apart.
+    const f32x16 place = to_float16lanes((lane & 1) * 8 + (lane & 2) * 2 + (lane & 4) / 2 + (lane & 8) / 8) / 16.0f;
+    const f32x16 dither[4] = {place + 1.0f / 128.0f, place + 5.0f / 128.0f, place + 3.0f / 128.0f,
+                              place + 7.0f / 128.0f};
+    const f32x16 from = splat(limits->from > kLowest ? limits->from : kLowest);  // hidden keys are never kept
+    const f32x16 exact_from = splat(limits->exact_from);
+    const float reference = limits->reference, cap = limits->cap;
+    const uint32_t first = limits->first;
+    f32x16 omitted[2] = {}, mass[2] = {};
+    uint32_t words = 0, kept = 0, found = 0;
+    *out = {};
+    for (size_t start = 0; start < count; start += kRangeKeys) {
+        const size_t end = count - start < kRangeKeys ? count : start + kRangeKeys;
+        i32x16 total = {};
+        for (size_t i = start; i < end; i += 64) {
+            f32x16 x[4];
+            uint32_t mask[4];
+            for (int b = 0; b < 4; ++b) {
+                x[b] = load<f32x16>(logits + i + 16 * b);
+                mask[b] = mask_ge(x[b], from);
+                omitted[b % 2] += keep_lanes(~mask[b] & 0xffffu, power_above(x[b] - reference));
+            }
+            if (!(mask[0] | mask[1] | mask[2] | mask[3])) {
+                store(digits + i, u8x64{});
+                continue;
+            }
+            words |= 1u << (i / 64);
+            uint32_t large[4];
+            for (int b = 0; b < 4; ++b) {
+                large[b] = mask[b] & mask_ge(x[b], exact_from);
+                const f32x16 w = keep_lanes(mask[b] ^ large[b], power_of_two(x[b] - cap));
+                mass[b % 2] += w;
+                const i32x16 digit = __builtin_convertvector(w * kDigits + dither[b], i32x16);
+                total += digit;
+                store(digits + i + 16 * b, __builtin_convertvector(digit, i8x16));
+            }
+            kept += uint32_t(__builtin_popcount(mask[0] | mask[1] << 16) + __builtin_popcount(mask[2] | mask[3] << 16));
+            if (!(large[0] | large[1] | large[2] | large[3])) continue;
+            for (int b = 0; b < 4; ++b) {
+                compress(large[b], lane + int32_t(first + i + 16 * b), positions + found);
+                compress(large[b], (i32x16)x[b], (uint32_t*)(exact + found));
+                found += uint32_t(__builtin_popcount(large[b]));
+            }
+        }
+        int32_t lanes[16];
+        store(lanes, total);
+        for (int32_t sum : lanes) out->digit_sums[start / kRangeKeys] += uint32_t(sum);
+    }
+    out->omitted = sum_of(omitted[0] + omitted[1]);
+    out->mass = sum_of(mass[0] + mass[1]);
+    out->words = words;
+    out->coded = kept - found;
+    out->exact = found;
+}
+
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+template <int Queries, int Wide>
+inline void multiply_strip(const uint8_t* codes, const float* ranges, size_t wide, int at, uint32_t words,
+                           const int8_t* digits, const float* units, const uint32_t* digit_sums, float* accumulators,
+                           size_t stride) {
+    constexpr int kWords = kRangeKeys / 64;
+    for (size_t range = 0; range < kRanges; ++range, words >>= kWords, ranges += 3 * wide + 1) {
+        uint32_t here = words & ((1u << kWords) - 1);
+        if (!here) continue;
+        i32x16 sum[Queries][Wide] = {};
+        for (; here; here &= here - 1) {
+            const size_t key = range * kRangeKeys + size_t(__builtin_ctz(here)) * 64;
+            const uint8_t* from = codes + (key / 4 * wide + size_t(at)) * 4;
+            const int8_t* own = digits + key;
+            for (int quad = 0; quad < 16; ++quad, from += wide * 4, own += 4) {
+                u8x64 value[Wide];
+                for (int j = 0; j < Wide; ++j) value[j] = load<u8x64>(from + 64 * j);
+                for (int q = 0; q < Queries; ++q) {
+                    const int32_t four = four_digits(own + size_t(q) * kPanelKeys);
+                    for (int j = 0; j < Wide; ++j) sum[q][j] = dot4_byte(sum[q][j], value[j], four);
+                }
+            }
+        }
+        for (int j = 0; j < Wide; ++j) {
+            const f32x16 low = load<f32x16>(ranges + at + 16 * j), step = load<f32x16>(ranges + wide + at + 16 * j);
+            for (int q = 0; q < Queries; ++q) {
+                float* to = accumulators + size_t(q) * stride + at + 16 * j;
+                const float digit_sum = float(digit_sums[size_t(q) * kRanges + range]);
+                store(to, load<f32x16>(to) + units[q] * (step * to_float16lanes(sum[q][j]) + low * digit_sum));
+            }
+        }
+    }
+}
+
+template <int Queries>
+inline void multiply_rows(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
+                          const float* units, const uint32_t* digit_sums, float* accumulators, size_t stride) {
+    const int wide = padded16(dim);
+    int at = 0;
+    for (; at + 16 * kDenseWide <= wide; at += 16 * kDenseWide)
+        multiply_strip<Queries, kDenseWide>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums,
+                                            accumulators, stride);
+    for (; at < wide; at += 16)
+        multiply_strip<Queries, 1>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums, accumulators,
+                                   stride);
+}
+
+// accumulators[q] += units[q] * sum of digits[q][key] * value of key, over the words of 64 keys in `words`;
+// digit_sums[q][range] are the sums of the digits.
+void multiply_panel(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
+                    const float* units, const uint32_t* digit_sums, int count, float* accumulators, size_t stride) {
+    const auto rows = [&](auto queries) {
+        multiply_rows<decltype(queries)::value>(codes, ranges, dim, words, digits, units, digit_sums, accumulators,
+                                                stride);
+    };
+    for (; count > 0; count -= kDenseAtOnce) {
+        switch (count) {
+            case 1: rows(Number<1>()); break;
+            case 2: rows(Number<2>()); break;
+#if defined(__AVX512VNNI__)
+            case 3: rows(Number<3>()); break;
+            case 4: rows(Number<4>()); break;
+            case 5: rows(Number<5>()); break;
+#endif
+            default: rows(Number<kDenseAtOnce>());
+        }
+        digits += size_t(kDenseAtOnce) * kPanelKeys;
+        units += kDenseAtOnce;
+        digit_sums += size_t(kDenseAtOnce) * kRanges;
+        accumulators += size_t(kDenseAtOnce) * stride;
+    }
+}
