@@ -263,3 +263,24 @@ def test_appending_costs_the_same_at_any_length():
     """Within 2x by design; a loose bound here, since the machine may be busy."""
     short, long = cost_of_appending(5_000), cost_of_appending(100_000)
     assert long < 4 * short
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_answer_in_place_is_the_numpy_one_rounded(dtype):
+    """Tensors cross by address: any strides, and answers and bounds rounded as torch rounds."""
+    torch = pytest.importorskip("torch")
+    from hsr_attention import arguments
+
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(2, 600, h, 48, generator=generator) for h in (2, 2)]
+    k, v = (x.to(getattr(torch, dtype)).transpose(1, 2) for x in made)  # not contiguous
+    q = torch.randn(2, 3, 6, 48, generator=generator).to(k.dtype).transpose(1, 2)
+    cache = filled(None, k, v)
+    out, certificate = cache.attend(q, return_certificate=True)
+    wide = q.float().numpy()  # the same numbers, answered in float32 through numpy
+    expected, plain = cache.attend(wide, return_certificate=True)
+    assert out.dtype == k.dtype and out.is_contiguous()
+    assert torch.equal(out, torch.from_numpy(expected).to(k.dtype))
+    rounding = arguments.output_rounding(q, expected)
+    np.testing.assert_allclose(certificate.error_bound, plain.error_bound + rounding, rtol=1e-6)
+    assert torch.equal(cache.attend(q), out)

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention/certificate.h"
 #include "threads.h"
 
 namespace hsr {
@@ -761,7 +762,8 @@ private:
             // Nothing seen, or an empty ReLU row: zero by definition. A softmax row that kept nothing of what it
             // saw is as wrong as any answer can be.
             const bool defined = relu() || row.seen == 0;
-            result_.error_bound[row.place] = result_.estimated_error[row.place] = defined ? 0.0f : reach_of(head, out);
+            result_.error_bound[row.place] = result_.estimated_error[row.place] =
+                defined ? 0.0f : range_distance(cache_.value_sketch(head), out);
             result_.omitted_mass[row.place] = defined ? 0.0f : 1.0f;
             return;
         }
@@ -778,18 +780,6 @@ private:
         certify(row, head, mass, stands, out);
     }
 
-    static float up(double x) { return std::nextafter(float(x), kInf); }
-
-    // The largest distance, over coordinates, from `out` to the range of the values.
-    float reach_of(int head, const float* out) const {
-        const ValueSketch& values = cache_.value_sketch(head);
-        double worst = 0;
-        for (int j = 0; j < value_dim_; ++j)
-            worst = std::max(
-                {worst, double(values.most()[size_t(j)]) - out[j], double(out[j]) - values.least()[size_t(j)]});
-        return up(worst);
-    }
-
     // DESIGN.md, "Prompts": with stand-ins c of mass C, Z' = mass + C,
     //   Z' (out - exact) = sum of (estimated - true weight) (v - exact) - sum over omitted of w (v - exact) + c - C
     //   exact + sum of weight (coded - true v),
@@ -797,36 +787,27 @@ private:
     void certify(const Row& row, int head, double mass, const float* stands, const float* out) {
         // Keys whose weight underflowed (below 2^-126 of the reference) count that much each.
         const double omitted = relu() ? 0.0 : row.omitted * kSumExcess + double(row.seen) * 1.7e-38;
-        // Of a weight taken from a full-precision logit: its float32 rounding. ReLU: a float64 excess is off by at
-        // most `slack`, and then a weight, relative to the power of the largest excess, by
-        // (1 + slack / excess)^power - 1; weights themselves are rounded to float32.
-        const double slack = row.length * cache_.largest_key_norm(head) * (dim_ / 16.0 + 8.0) * 1.2e-16;
+        // Of a weight taken from a full-precision logit: its float32 rounding. ReLU: of a float64 excess, and weights
+        // themselves are rounded to float32.
         const double exact_error =
-            relu()
-                ? double(row.candidates) * std::expm1(settings_.power * std::log1p(slack / row.top)) + mass * 2 * kUnit
-                : mass * std::expm1(2 * row.float_slack / kLog2e + 2e-6);
+            relu() ? double(row.candidates) * relu_weight_error(row.length, cache_.largest_key_norm(head), dim_,
+                                                                settings_.power, row.top) +
+                         mass * 2 * kUnit
+                   : mass * std::expm1(2 * row.float_slack / kLog2e + 2e-6);
         const double all = mass + row.stand_in;
-        const double wrong = (omitted + row.doubtful + exact_error) / all, share = row.stand_in / all;
-        const double blurred = row.blurred / all;
-        const ValueSketch& values = cache_.value_sketch(head);
-        double bound = 0, spread = 0, largest = 0;
-        for (int j = 0; j < value_dim_; ++j) {
-            const double most = values.most()[size_t(j)], least = values.least()[size_t(j)];
-            const double reach = std::max(most - out[j], double(out[j]) - least);
-            const double apart = std::fabs(stands[j] - row.stand_in * out[j]) / all;
-            const double rest = 1 - wrong - share;
-            bound = std::max(bound, rest > 0 ? std::min((blurred + wrong * reach + apart) / rest, reach) : reach);
-            spread = std::max(spread, (most - least) / 8.0);
-            largest = std::max({largest, std::fabs(most), std::fabs(least)});
-        }
+        const AnswerBound found = bound_answer(
+            cache_.value_sketch(head), out, {all, omitted + row.doubtful + exact_error, row.stand_in},
+            [&](size_t) { return row.blurred; },
+            [&](size_t j) { return std::fabs(stands[j] - row.stand_in * out[j]); });
         // Float32 sums, panel by panel: chains of at most a panel's keys and one term a panel.
         const double chain =
             double(std::min<int64_t>(row.kept, int64_t(kPanelKeys))) + 2 * double(row.blocks / kPanelBlocks) + 64.0;
-        result_.error_bound[row.place] = up(bound + kUnit * chain * largest);
-        result_.omitted_mass[row.place] = omitted > 0 ? std::min(1.0f, up(omitted / (row.surely() + omitted))) : 0.0f;
+        result_.error_bound[row.place] = rounded_up(found.bound + kUnit * chain * found.largest);
+        result_.omitted_mass[row.place] =
+            omitted > 0 ? std::min(1.0f, rounded_up(omitted / (row.surely() + omitted))) : 0.0f;
         result_.estimated_error[row.place] =
-            float(std::sqrt(row.spread2 / dim_ * 2.0 * std::log(2.0 * value_dim_)) * spread / all +
-                  omitted / all * spread + kUnit * 16 * largest);
+            float(std::sqrt(row.spread2 / dim_ * 2.0 * std::log(2.0 * value_dim_)) * found.spread / all +
+                  omitted / all * found.spread + kUnit * 16 * found.largest);
     }
 
     const LayerCache& cache_;

@@ -46,6 +46,22 @@ inline TokenArray token_array(const AnyArray& array, int dtype) {
     return out;
 }
 
+// The same of a numpy array, or of (address, shape, strides in elements) of four dimensions: a tensor's own, which cost
+// torch less than a view in numpy.
+inline TokenArray token_array(const nb::object& given, int dtype) {
+    if (!nb::isinstance<nb::tuple>(given)) return token_array(nb::cast<AnyArray>(given), dtype);
+    const auto place = nb::cast<nb::tuple>(given);
+    const nb::object shape = place[1], strides = place[2];
+    const auto at = [](const nb::object& numbers, size_t i) { return nb::cast<int64_t>(numbers[i]); };
+    TokenArray out{};
+    out.dtype = Dtype(dtype);
+    out.data = reinterpret_cast<const void*>(nb::cast<uintptr_t>(place[0]));
+    out.batch = at(shape, 0), out.heads = at(shape, 1), out.tokens = at(shape, 2), out.dim = at(shape, 3);
+    out.batch_stride = at(strides, 0), out.head_stride = at(strides, 1);
+    out.token_stride = at(strides, 2), out.dim_stride = at(strides, 3);
+    return out;
+}
+
 inline void require_finite(const char* name, const TokenArray& array, float limit = 3.402823466e38f) {
     int64_t place[4];
     if (!array.find_bad(limit, place)) return;

@@ -1,6 +1,9 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <limits>
 #include <mutex>
 
@@ -22,7 +25,7 @@ using Thresholds = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::devi
 using Mask = nb::ndarray<const uint8_t, nb::ndim<3>, nb::device::cpu>;
 
 // The names are those the caller knows the arrays by, for messages.
-void append(LayerCache& self, const AnyArray& keys, const AnyArray& values, const std::string& keys_name,
+void append(LayerCache& self, const nb::object& keys, const nb::object& values, const std::string& keys_name,
             const std::string& values_name) {
     const TokenArray k = token_array(keys, int(self.dtype())), v = token_array(values, int(self.dtype()));
     nb::gil_scoped_release release;
@@ -32,10 +35,24 @@ void append(LayerCache& self, const AnyArray& keys, const AnyArray& values, cons
     self.append(k, v);
 }
 
-// `visible` none: the queries are the newest positions, causal among themselves.
-nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtype, std::optional<VectorIds> visible,
-                       int rule, bool sketch_tail, double scale, double epsilon, double exact_share, int64_t top_r,
-                       int power, bool certify, bool with_certificate, std::optional<Thresholds> thresholds,
+uint16_t nearest_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+// What that rounds away at most, over a row: half a unit in the last place, or of the smallest number.
+float bfloat16_rounding(const float* x, size_t count) {
+    float largest = 0;
+    for (size_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(x[i]));
+    return std::max(largest * 0x1p-8f, 0x1p-133f);
+}
+
+// `visible` none: the queries are the newest positions, causal among themselves. `out_address` not 0: the answer is
+// written there, contiguous, as float32 or with `out_bfloat16` rounded, which the bound then includes; else it is
+// returned as a numpy array.
+nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dtype, uintptr_t out_address,
+                       bool out_bfloat16, std::optional<VectorIds> visible, const AttendSettings& rule, double scale,
+                       bool certify, bool with_certificate, std::optional<Thresholds> thresholds,
                        std::optional<Mask> mask) {
     AttendQueries call{};
     call.queries = token_array(queries, dtype);
@@ -47,24 +64,20 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
         call.mask_batch_stride = mask->shape(0) == 1 ? 0 : mask->stride(0);
         call.mask_query_stride = mask->shape(1) == 1 ? 0 : mask->stride(1);
     }
-    AttendSettings settings;
-    settings.rule = Rule(rule);
-    settings.sketch_tail = sketch_tail;
+    AttendSettings settings = rule;
     settings.scale = scale;
-    settings.epsilon = epsilon;
-    settings.exact_share = exact_share;
-    settings.top_r = top_r;
-    settings.power = power;
     settings.certify = certify;
     const size_t batch = size_t(call.queries.batch), heads = size_t(call.queries.heads),
                  m = size_t(call.queries.tokens), rows = batch * heads * m, dim = size_t(self.value_dim());
-    std::vector<float> out(rows * dim), bound(rows), estimate(rows), omitted(rows), density(rows), lse(rows);
+    const bool in_place = out_address && !out_bfloat16;
+    std::vector<float> own_out(in_place ? 0 : rows * dim), facts(5 * rows);
+    float* const out = in_place ? reinterpret_cast<float*>(out_address) : own_out.data();
     AttendWork work;
     {
         nb::gil_scoped_release release;
         require_finite("q", call.queries);
-        const AttendResult result{out.data(),     bound.data(),   estimate.data(),
-                                  omitted.data(), density.data(), lse.data()};
+        float* fact = facts.data();
+        const AttendResult result{out, fact, fact + rows, fact + 2 * rows, fact + 3 * rows, fact + 4 * rows};
         const std::shared_lock lock(self.mutex());
         // Other threads may have changed the cache since Python looked.
         if (mask && mask->shape(2) != self.size())
@@ -78,8 +91,15 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
         work = prefill_serves(self, settings, call) ? prefill(self, settings, call, result)
                                                     : attend(self, settings, call, result);
         self.drop_pages();
+        if (out_address && out_bfloat16) {
+            auto* rounded = reinterpret_cast<uint16_t*>(out_address);
+            for (size_t i = 0; i < rows * dim; ++i) rounded[i] = nearest_bfloat16(out[i]);
+            for (size_t row = 0; row < rows; ++row)
+                fact[row] = std::nextafter(fact[row] + bfloat16_rounding(out + row * dim, dim),
+                                           std::numeric_limits<float>::infinity());
+        }
     }
-    auto answer = own(std::move(out), {batch, heads, m, dim});
+    const nb::object answer = out_address ? nb::none() : nb::cast(own(std::move(own_out), {batch, heads, m, dim}));
     if (!with_certificate) return nb::make_tuple(answer);
     nb::dict counters;
     counters["sketch_scored"] = work.sketch_scored;
@@ -92,9 +112,7 @@ nb::tuple attend_cache(const LayerCache& self, const AnyArray& queries, int dtyp
     counters["skipped"] = work.skipped;
     counters["panels"] = work.panels;
     counters["selected_again"] = work.selected_again;
-    return nb::make_tuple(answer, own(std::move(bound), {batch, heads, m}), own(std::move(estimate), {batch, heads, m}),
-                          own(std::move(omitted), {batch, heads, m}), own(std::move(density), {batch, heads, m}),
-                          own(std::move(lse), {batch, heads, m}), counters);
+    return nb::make_tuple(answer, own(std::move(facts), {5, batch, heads, m}), counters);
 }
 
 // Keys or values as [batch, heads, n, dim], read-only, without a copy; later appends do not move it.
@@ -121,6 +139,20 @@ nb::object rows_view(const LayerCache& cache, bool keys) {
 }  // namespace
 
 void init_cache(nb::module_& m) {
+    nb::class_<AttendSettings>(m, "AttendSettings")
+        .def(
+            "__init__",
+            [](AttendSettings* self, int rule, bool sketch_tail, double epsilon, double exact_share, int64_t top_r,
+               int power) {
+                new (self) AttendSettings();
+                self->rule = Rule(rule);
+                self->sketch_tail = sketch_tail;
+                self->epsilon = epsilon;
+                self->exact_share = exact_share;
+                self->top_r = top_r;
+                self->power = power;
+            },
+            nb::kw_only(), "rule"_a, "sketch_tail"_a, "epsilon"_a, "exact_share"_a, "top_r"_a, "power"_a);
     nb::class_<LayerCache>(m, "LayerCache")
         .def(
             "__init__",
@@ -162,7 +194,6 @@ void init_cache(nb::module_& m) {
              })
         .def("keys", [](const LayerCache& self) { return rows_view(self, true); })
         .def("values", [](const LayerCache& self) { return rows_view(self, false); })
-        .def("attend", &attend_cache, "queries"_a, "dtype"_a, "visible"_a.none(), nb::kw_only(), "rule"_a,
-             "sketch_tail"_a, "scale"_a, "epsilon"_a, "exact_share"_a, "top_r"_a, "power"_a, "certify"_a,
-             "with_certificate"_a, "thresholds"_a.none(), "mask"_a.none());
+        .def("attend", &attend_cache, "queries"_a, "dtype"_a, "out_address"_a, "out_bfloat16"_a, "visible"_a.none(),
+             "settings"_a, "scale"_a, "certify"_a, "with_certificate"_a, "thresholds"_a.none(), "mask"_a.none());
 }

@@ -52,6 +52,13 @@ struct CodedQuery {
     float slope4, slope4_step, slope8, slope8_step, slack;
 };
 
+// What splitting a rotated query into digits gives: y ~ step (high + low / 254), sums of the digits, and the norms, in
+// units of the step, of what one digit and what both leave.
+struct QueryDigits {
+    double step, rest4, rest8;
+    int high_sum, low_sum;
+};
+
 // How a query selects keys from its estimates.
 struct Selection {
     float threshold;   // keep when estimate8 (with `keep_upper`: its upper bound) >= threshold
@@ -138,15 +145,22 @@ struct Kernels {
     void (*code_keys)(int dim, const float* y, const double* norms, double relative_slack, uint8_t* high, uint8_t* low);
     // Codes one value; `parameters` is the key's place (2 * lane bytes) in its block's first piece.
     void (*code_value)(int dim, const float* value, uint8_t* row, uint8_t* parameters);
+    // Digits of a rotated query y[padded16(dim)]; high and low have padded16(dim) places.
+    void (*split_query)(const float* y, int dim, int8_t* high, int8_t* low, QueryDigits* found);
 
     // estimates[q][block * 16 + i] for `blocks` blocks; maxima[q] is raised to the largest.
     void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* estimates,
                  size_t estimate_stride, float* maxima);
     // The same blocks in one pass, at most 2,048 keys: upper bounds (estimate + band) instead of
-    // estimates, their largest estimate, and the sum of exp(estimate - largest), at most 6.2 % too large.
-    // block_masses[q * mass_stride + block]: sum of exp(upper - largest) over the keys of a block, likewise.
+    // estimates, where `uppers` is not null, their largest estimate, and the sum of exp(estimate - largest), at
+    // most 6.2 % too large. block_masses[q * mass_stride + block]: sum of exp(upper - largest) over the keys of a
+    // block, likewise; written up to a multiple of 8 blocks.
     void (*scan_mass)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
                       size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride);
+    // The same blocks for thresholds that are known: masks[block * kTile + q], lanes whose upper bound reaches
+    // thresholds[q]. Nothing else is written.
+    void (*scan_reach)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+                       const float* thresholds, uint16_t* masks);
     // out = exp(x - reference)
     void (*exp_into)(const float* x, size_t count, float reference, float* out);
     // x *= factor
@@ -167,12 +181,13 @@ struct Kernels {
                    int count, float* estimates, size_t estimate_stride, float* maxima);
     // Two-stage selection over blocks. A query refines the keys whose upper bound reaches its threshold; or, when
     // block_masses are given, the blocks whose upper mass is not below `mass_from`: reading the second plane of a
-    // block costs the same for one key as for all, so what counts is what the block may weigh. `value_parameters`
+    // block costs the same for one key as for all, so what counts is what the block may weigh. `reaching` are the masks
+    // of `scan_reach`, if that was the scan. `value_parameters`
     // is null when everything kept is read at full precision.
     void (*select)(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
                    size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
                    Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
-                   KeptKeys* kept, SelectionSums* sums);
+                   const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums);
     // accumulators[q][groups * 32] += scaled * code over the kept keys
     void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKeys* kept, int count, float* accumulators);
     // out[i] = estimates[i] + sign * band, for the keys of `blocks` blocks; the band is that of 4 bits, or

@@ -12,6 +12,8 @@ typedef uint8_t u8x64 __attribute__((vector_size(64)));
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
 typedef double f64x8 __attribute__((vector_size(64)));
 typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef int8_t i8x8 __attribute__((vector_size(8)));
 
 template <class V>
 inline V load(const void* from) {
@@ -251,14 +253,22 @@ inline f32x16 exp_of(f32x16 x) {
 inline f32x16 exp_above(f32x16 x, float reference) { return exp_of(x - reference) * 1.0001f; }
 #endif
 
-// exp(x - reference), from above by at most 6.2 %: 2^n (1 + f) in place of 2^(n + f), made from its bits. Below -87
-// it is 0 or subnormal; x must be <= reference + 80.
-inline f32x16 exp_coarse(f32x16 x, float reference) {
-    // The added 256 units in the last place (2^-15) pay for the roundings: below -87 each of the constant, of the
-    // difference and of the sum is under 64 of them.
-    const f32x16 t = (x - reference) * (1.44269504f * 8388608.0f) + (127.0f * 8388608.0f + 256.0f);
-    return (f32x16) __builtin_convertvector(max_of(t, splat(0.0f)), i32x16);
-}
+// exp(x - reference), from above by at most 6.2 %: 2^n (1 + f) in place of 2^(n + f), made from its bits in one
+// multiply-add. Below -87 it is 0 or subnormal; x must be <= reference + 80.
+struct CoarseExp {
+    float start;
+    CoarseExp() = default;
+    // In units of the last place of the exponent's bits: 256 + 4 |reference| pay for the roundings of the constant, of
+    // `start`, of the product (where it is rounded) and of the sum, each at most 64 + |reference|.
+    explicit CoarseExp(float reference)
+        : start(float(127.0 * 8388608.0 + 256.0 + 4.0 * __builtin_fabs(double(reference)) -
+                      double(reference) * double(kPerNat))) {}
+    f32x16 operator()(f32x16 x) const {
+        const f32x16 t = x * kPerNat + start;
+        return (f32x16) __builtin_convertvector(max_of(t, splat(0.0f)), i32x16);
+    }
+    static constexpr float kPerNat = 1.44269504f * 8388608.0f;
+};
 
 inline f32x16 load_row(Dtype dtype, const void* row, int at) {
     if (dtype == Dtype::float32) return load<f32x16>((const float*)row + at);

@@ -84,59 +84,32 @@ void KeySketch::code(const RowStore& rows, int head) {
 
 void KeySketch::crop(size_t keys) { blocks_ = std::min(blocks_, keys / kBlock); }
 
-namespace {
-
-int8_t nearest_digit(double x) {  // |x| <= 127.5
-    return int8_t(std::clamp(int(x + (x < 0 ? -0.5 : 0.5)), -127, 127));
-}
-
-}  // namespace
-
 void PreparedQuery::prepare(const KeySketch& sketch, const float* query, double norm, double scale,
                             bool scale_by_norm) {
-    const int dim = sketch.dim(), wide = padded16(dim);
+    const int dim = sketch.dim();
     const double root = std::sqrt(double(dim));
     const double length = scale * (scale_by_norm ? norm : 1.0);
     float unit_query[kMaxHeadDim];
     alignas(64) float rotated[kMaxHeadDim];
-    double centre = 0;
     const double to_unit = norm > 0 ? 1.0 / norm : 0.0;
-    for (int i = 0; i < dim; ++i) {
-        unit_query[i] = float(query[i] * to_unit);
-        centre += query[i] * to_unit * sketch.centre()[size_t(i)];
-    }
+    for (int i = 0; i < dim; ++i) unit_query[i] = float(query[i] * to_unit);
+    const double centre = to_unit * kernels().dot64(Dtype::float32, query, sketch.centre().data(), dim);
     const Rotation& r = rotation(dim);
     kernels().rotate(r.matrix.data(), dim, unit_query, 1, rotated);
-    std::fill(high, high + wide, int8_t(0));
-    std::fill(low, low + wide, int8_t(0));
-    float top = 0;
-    for (int i = 0; i < dim; ++i) top = std::max(top, std::fabs(rotated[i]));
-    const double step = top > 0 ? top / 127.0 : 1.0, inverse = 1.0 / step;
-    double rest4 = 0, rest8 = 0;
-    int high_sum = 0, low_sum = 0;
-    for (int i = 0; i < dim; ++i) {
-        const double x = rotated[i] * inverse;
-        high[i] = nearest_digit(x);
-        const double after_high = x - high[i];
-        low[i] = nearest_digit(after_high * 254.0);
-        const double after_low = after_high - low[i] * (1.0 / 254.0);
-        high_sum += high[i];
-        low_sum += low[i];
-        rest4 += after_high * after_high;
-        rest8 += after_low * after_low;
-    }
+    QueryDigits digits;
+    kernels().split_query(rotated, dim, high, low, &digits);
     // rho bounds |q - decoded q| / |q|. Rounding q / |q| to float32 adds 2^-24, rotating it the slack.
     const double off = r.relative_slack + 1e-7;
-    const double rho4 = std::sqrt(rest4) * step + off, rho8 = std::sqrt(rest8) * step + off;
+    const double rho4 = digits.rest4 * digits.step + off, rho8 = digits.rest8 * digits.step + off;
     // <q,k> - <q~,k~> = <q~, k - k~> + <q - q~, k>, and |k| <= 127.5 step_k sqrt(d) by the choice of step_k
     // (or |k| <= residual for a key too small to code, hence 2 rho).
     const double up = length * (1 + 1e-6);
     coded.high = high;
     coded.low = low;
-    coded.unit = float(length * step);
+    coded.unit = float(length * digits.step);
     coded.centre = float(length * centre);
-    coded.high_sum = float(high_sum);
-    coded.low_sum = float(low_sum);
+    coded.high_sum = float(digits.high_sum);
+    coded.low_sum = float(digits.low_sum);
     coded.slope4 = float(up * (1 + 2 * rho4));
     // residual4 covers kQueryShare |q~| |k| already (|q~| >= (1 - rho) |q|); the rest is paid by the step.
     const double unpaid4 = std::max(0.0, rho4 - kQueryShare * (1 - rho4));

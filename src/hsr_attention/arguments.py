@@ -14,7 +14,6 @@ import enum
 import math
 import numbers
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,25 +30,57 @@ class Dtype(enum.IntEnum):
     float16 = 2
 
 
-@dataclass(frozen=True)
 class FloatArray:
     """A float array as the native code takes it: ``bits`` (float32 or uint16) and its ``dtype``."""
 
-    bits: NDArray[Any]
-    dtype: Dtype
+    __slots__ = ("bits", "dtype", "shape")
+
+    def __init__(self, bits: NDArray[Any], dtype: Dtype) -> None:
+        self.bits = bits
+        self.dtype = dtype
+        self.shape: tuple[int, ...] = bits.shape
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return self.bits.shape
+    def native(self) -> Any:
+        """What the calls of a cache take: the bits, or a tensor's address, shape and strides."""
+        return self.bits
 
     def to_float32(self) -> NDArray[np.float32]:
         """Return the values as float32, exactly."""
+        bits = self.bits
         if self.dtype is Dtype.float32:
-            return self.bits
+            return bits
         if self.dtype is Dtype.float16:
-            return self.bits.view(np.float16).astype(np.float32)
-        return (self.bits.astype(np.uint32) << 16).view(np.float32)
+            return bits.view(np.float16).astype(np.float32)
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class TensorArray(FloatArray):
+    """The same of a torch tensor: its bits are made when they are asked for.
+
+    A view in numpy, of a 16-bit dtype above all, takes several calls of torch, which a decoding
+    step would pay for in every layer.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Any, dtype: Dtype) -> None:
+        self.tensor = tensor
+        self.dtype = dtype
+        self.shape = tuple(tensor.shape)
+
+    @property
+    def bits(self) -> NDArray[Any]:
+        """A view of the tensor's memory."""
+        if self.dtype is Dtype.float32:
+            return self.tensor.numpy()
+        return self.tensor.view(sys.modules["torch"].int16).numpy().view(np.uint16)
+
+    @property
+    def native(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Address, shape and strides in elements; the tensor must live as long as they are used."""
+        tensor = self.tensor
+        return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def is_torch(array: Any) -> bool:
@@ -85,22 +116,25 @@ def float_array(name: str, array: Any) -> FloatArray:
     raise TypeError(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
 
 
+_TORCH_DTYPES: dict[Any, Dtype] = {}
+
+
 def _from_torch(name: str, tensor: Any) -> FloatArray:
     torch = sys.modules["torch"]  # a tensor came in, so torch is loaded
-    if tensor.device.type != "cpu":
+    if not _TORCH_DTYPES:
+        _TORCH_DTYPES.update({getattr(torch, dtype.name): dtype for dtype in Dtype})
+    if not tensor.is_cpu:
         raise TypeError(f"{name} must be on the CPU, got a tensor on {tensor.device}")
+    if tensor.layout is not torch.strided or tensor.is_neg():
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}, or a view")
     if tensor.requires_grad:
         tensor = tensor.detach()
-    dtype = tensor.dtype
-    if dtype is torch.float32:
-        return FloatArray(tensor.numpy(), Dtype.float32)
-    if dtype is torch.bfloat16:
-        return FloatArray(tensor.view(torch.int16).numpy().view(np.uint16), Dtype.bfloat16)
-    if dtype is torch.float16:
-        return FloatArray(tensor.view(torch.int16).numpy().view(np.uint16), Dtype.float16)
-    if dtype is torch.float64:
-        return FloatArray(tensor.float().numpy(), Dtype.float32)
-    kind = str(dtype).removeprefix("torch.")
+    dtype = _TORCH_DTYPES.get(tensor.dtype)
+    if dtype is not None:
+        return TensorArray(tensor, dtype)
+    if tensor.dtype is torch.float64:
+        return TensorArray(tensor.float(), Dtype.float32)
+    kind = str(tensor.dtype).removeprefix("torch.")
     raise TypeError(f"{name} must be float32, bfloat16 or float16, got {kind}")
 
 
@@ -110,6 +144,18 @@ def like(example: Any, values: NDArray[np.float32]) -> Any:
         return sys.modules["torch"].from_numpy(values).to(example.dtype)
     dtype = np.asarray(example).dtype
     return values.astype(dtype) if dtype.kind == "f" or dtype.name == "bfloat16" else values
+
+
+def place_for(example: Any, dtype: Dtype, shape: tuple[int, ...]) -> tuple[Any, int, bool]:
+    """Return an empty tensor for an answer like ``example``, its address, and whether it is bfloat16.
+
+    (None, 0, False) where the native code does not write the dtype of ``example``, or it is no tensor: the
+    answer then comes back as a numpy array of float32, for ``like``.
+    """
+    if dtype is Dtype.float16 or not is_torch(example) or example.dtype not in _TORCH_DTYPES:
+        return None, 0, False
+    out = sys.modules["torch"].empty(shape, dtype=example.dtype)
+    return out, out.data_ptr(), dtype is Dtype.bfloat16
 
 
 def output_rounding(example: Any, values: NDArray[np.float32]) -> NDArray[np.float32] | float:

@@ -64,7 +64,7 @@ class KVCache:
         self._directory = storage_directory(storage, directory)
         self._layer: Any = None
         self._codes_values = _reads_value_codes(self.policy)
-        self._settings = _native_settings(self.policy)
+        self._settings, self._certifies = _native_settings(self.policy)
 
     def __len__(self) -> int:
         """Return the number of cached tokens."""
@@ -156,7 +156,7 @@ class KVCache:
             if int(k.dtype) != layer.dtype:
                 name = arguments.Dtype(layer.dtype).name
                 raise TypeError(f"keys must be {name} like the cache, got {k.dtype.name}")
-        layer.append(k.bits, v.bits, keys_name, values_name)
+        layer.append(k.native, v.native, keys_name, values_name)
         self._layer = layer
 
     def use_policy(self, policy: Policy) -> None:
@@ -177,7 +177,8 @@ class KVCache:
                 "policy must not have tail='sketch' here: the cache was filled under "
                 f"{self.policy!r} and holds no codes of values; fill it under a sketching policy"
             )
-        self.policy, self._settings = policy, _native_settings(policy)
+        self.policy = policy
+        self._settings, self._certifies = _native_settings(policy)
 
     def crop(self, n: int) -> None:
         """Keep the first n tokens (all of them if there are fewer)."""
@@ -278,23 +279,29 @@ class KVCache:
             )
         scale = arguments.scale(scale, dim)
         seen = None if mask is None else self._key_mask(mask, batch, m, n)
+        rows = (batch, heads, m, layer.value_dim)
+        out, address, rounds = arguments.place_for(q, queries.dtype, rows)
         found = layer.attend(
-            queries.bits,
-            int(queries.dtype),
+            queries.native,
+            queries.dtype,
+            address,
+            rounds,
             visible,
-            scale=scale,
-            certify=certify and self._settings["certify"],
-            with_certificate=certify,
-            thresholds=self._thresholds(queries, scale, visible, seen, n),
-            mask=seen,
-            **self._settings["rule"],
+            self._settings,
+            scale,
+            certify and self._certifies,
+            certify,
+            self._thresholds(queries, scale, visible, seen, n),
+            seen,
         )
-        out = arguments.like(q, found[0])
+        if out is None:
+            out = arguments.like(q, found[0])
         if not certify:
             return out, None
-        _, bound, estimate, omitted, density, lse, work = found
-        bound = bound + arguments.output_rounding(q, found[0])
-        return out, Certificate(bound, estimate, omitted, density, lse, work)
+        bound, estimate, omitted, density, lse = found[1]
+        if not address:
+            bound = bound + arguments.output_rounding(q, found[0])
+        return out, Certificate(bound, estimate, omitted, density, lse, found[2])
 
     def _key_mask(self, mask: Any, batch: int, m: int, n: int) -> NDArray[np.uint8]:
         found = arguments.key_mask(mask, batch, m, n)
@@ -357,20 +364,18 @@ def storage_directory(storage: str, directory: str | os.PathLike[str] | None) ->
         raise OSError(error.errno, reason, path) from None
 
 
-def _native_settings(policy: Policy) -> dict[str, Any]:
-    """Return what the native call needs of the policy, once."""
+def _native_settings(policy: Policy) -> tuple[Any, bool]:
+    """Return what the native call needs of the policy, once, and whether it computes certificates."""
     softmax = isinstance(policy, SoftmaxPolicy)
-    return {
-        "certify": not softmax or policy.certify,
-        "rule": {
-            "rule": policy.rule,
-            "sketch_tail": _reads_value_codes(policy),
-            "epsilon": (policy.epsilon or policy.tail_epsilon) if softmax else 0.5,
-            "exact_share": policy.exact_share if softmax else 0.5,
-            "top_r": min(policy.top_r or 0, 2**62) if softmax else 0,
-            "power": 1 if softmax else policy.power,
-        },
-    }
+    settings = _native.AttendSettings(
+        rule=policy.rule,
+        sketch_tail=_reads_value_codes(policy),
+        epsilon=(policy.epsilon or policy.tail_epsilon) if softmax else 0.5,
+        exact_share=policy.exact_share if softmax else 0.5,
+        top_r=min(policy.top_r or 0, 2**62) if softmax else 0,
+        power=1 if softmax else policy.power,
+    )
+    return settings, not softmax or policy.certify
 
 
 def _reads_value_codes(policy: Policy) -> bool:

@@ -1,8 +1,9 @@
 """Time of one decoding call against the number of keys: whether it grows in proportion.
 
 Two calls are timed at every length. *decode* is the call of the policy. *scan* keeps nothing: its
-threshold is above every logit, so that it reads the first code plane of all keys and no more, and
-its bytes over its time, as a share of the bandwidth of the machine, say how good the scan is.
+threshold is above every logit, and known before the scan, so that it reads the first code plane of
+all keys and no more, and writes nothing. Its bytes over its time, as a share of the bandwidth of the
+machine, say how good the scan is.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from hsr_attention.evaluation import decode_speed, output_error
 from hsr_attention.evaluation.alternation import median_seconds
 from hsr_attention.evaluation.decode_speed import Heads
 from hsr_attention.kv_cache import KVCache
-from hsr_attention.policies import SoftmaxPolicy
+from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
 
 PIECE = 16384  # tokens appended at a time
 # No logit reaches it, so every key is scanned and none kept.
-NOTHING = SoftmaxPolicy(threshold=1e29, tail="drop", certify=False)
+NOTHING = ReLUPolicy(threshold=1e29)
 
 
 def lengths(largest: int, smallest: int = 1024) -> list[int]:
@@ -60,7 +61,7 @@ def measure(
     }
 
 
-def _filled(policy: SoftmaxPolicy, k: Any, v: Any) -> KVCache:
+def _filled(policy: Policy, k: Any, v: Any) -> KVCache:
     cache = KVCache(policy)
     for first in range(0, k.shape[2], PIECE):
         cache.append(k[:, :, first : first + PIECE], v[:, :, first : first + PIECE])

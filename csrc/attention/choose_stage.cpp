@@ -1,0 +1,165 @@
+// Stage 2: the two thresholds of each query, once all its keys were scanned.
+#include "attention/decoding.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace hsr::decoding {
+
+void Attend::choose(Tile& tile) {
+    for (int q = 0; q < tile.count; ++q) choose(tile, q);
+}
+
+void Attend::choose(Tile& tile, int q) {
+    double top = -double(kInf);
+    const size_t scanned = tile.fused ? 0 : tile.chunks;
+    for (size_t c = 0; c < scanned; ++c)
+        top = std::max(top, space_->chunk_top[(tile.partial_at + c) * kTile + size_t(q)]);
+    for (double s : tile.tail_logit[q]) top = std::max(top, s);
+    if (top == -double(kInf)) top = 0;
+    double mass = 0;
+    for (size_t c = 0; c < scanned; ++c) {
+        const size_t place = (tile.partial_at + c) * kTile + size_t(q);
+        if (space_->chunk_mass[place] > 0) mass += space_->chunk_mass[place] * std::exp(space_->chunk_top[place] - top);
+    }
+    for (double s : tile.tail_logit[q]) mass += std::exp(s - top);
+    // Kernels subtract the reference from float estimates, so it is a float there. A full scan keeps it exact:
+    // its logits may be so large that rounding them moves weights by many nats.
+    tile.reference[q] = tile.scan == Scan::full || tile.chunks == 0 ? top : double(float(top));
+    tile.lowering[q] = std::max(1.0, std::fabs(top) * 1e-5);
+    tile.mass[q] = mass;
+    if (tile.by_block)
+        for (size_t c = 0; c < tile.chunks; ++c) {
+            const double chunk_top = space_->chunk_top[(tile.partial_at + c) * kTile + size_t(q)];
+            kernels().scale(tile.block_masses + size_t(q) * tile.mass_stride + c * chunk_blocks_, chunk_blocks_,
+                            float(std::exp(chunk_top - tile.reference[q])));
+        }
+    Selection& selection = tile.selection[q];
+    selection.reference = float(tile.reference[q]);
+    selection.keep_upper = exact_rule();
+    const CodedQuery& c = tile.coded[q];
+    const auto& extent = cache_.key_sketch(store_head(tile)).extent();
+    const double widest = c.slope8 * extent.residual8 + c.slope8_step * extent.step + c.slack;
+    selection.growth = widest > 1e-9 && widest < kSafeBand ? float(std::expm1(widest) / widest * (1 + 1e-6)) : 1.0f;
+    const double log_mass = std::log(std::max(mass, 1e-300)) + top;
+    switch (settings_.rule) {
+        case Rule::relu: selection.exact_from = selection.threshold = below(tile.threshold[q]); break;
+        case Rule::threshold:
+            selection.exact_from = below(tile.threshold[q]);
+            selection.threshold =
+                settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
+            break;
+        case Rule::top_r:
+            selection.exact_from = top_r_threshold(tile, q);
+            selection.threshold =
+                settings_.sketch_tail ? std::min(selection.exact_from, tail_threshold(tile, q)) : selection.exact_from;
+            break;
+        case Rule::epsilon:
+            selection.threshold = tail_threshold(tile, q);
+            selection.exact_from = settings_.sketch_tail ? float(log_mass + std::log(settings_.exact_share)) : -kInf;
+            break;
+    }
+    selection.mass_from = mass_from(tile, q, selection.threshold);
+}
+
+// Blocks whose keys together may weigh less than this are left out as a whole.
+float Attend::mass_from(const Tile& tile, int q, float threshold) {
+    return kBlockWeight * std::exp(threshold - float(tile.reference[q]));
+}
+
+// A threshold that is likely to omit a little less than epsilon of the mass: found by bisection on a
+// sample of the keys. `finish` measures what was omitted and asks again if it was too much.
+float Attend::tail_threshold(Tile& tile, int q) {
+    if (tile.blocks == 0) return -kInf;
+    const size_t step = tile.sample_step, blocks = (tile.blocks + step - 1) / step, count = blocks * kBlock;
+    static thread_local std::vector<float> buffer;
+    buffer.resize(4 * count + blocks);
+    float *estimates = buffer.data(), *uppers = estimates + count, *weights = uppers + count,
+          *upper_weights = weights + count, *sampled = upper_weights + count;
+    const float reference = float(tile.reference[q]);
+    const float* own = tile.uppers + size_t(q) * tile.stride;
+    if (tile.by_block) {
+        std::copy(own, own + count, estimates);
+        for (size_t i = 0; i < blocks; ++i) sampled[i] = tile.block_masses[size_t(q) * tile.mass_stride + i * step];
+    } else {
+        for (size_t i = 0; i < blocks; ++i) {
+            const float* from = own + i * step * kBlock;
+            std::copy(from, from + kBlock, uppers + i * kBlock);
+            away_from_upper(tile, q, i * step, 1, -1.0f, from, estimates + i * kBlock);
+        }
+        kernels().exp_into(uppers, count, reference, upper_weights);
+    }
+    kernels().exp_into(estimates, count, reference, weights);
+    // 0.7: a margin for the sampling, so that a second selection is rare.
+    const double allowed = 0.7 * settings_.epsilon * tile.mass[q] / double(step);
+    // A key that alone holds more than epsilon of the mass cannot be left out.
+    const auto omits_too_much = [&](float threshold) {
+        if (tile.by_block) {
+            const float from = mass_from(tile, q, threshold);
+            const double light =
+                kernels().sum_below(tile.block_masses + size_t(q) * tile.mass_stride, tile.blocks, from);
+            return light / double(step) + kernels().mass_left(estimates, weights, sampled, blocks, from, threshold) >
+                   allowed;
+        }
+        return kernels().mass_below(estimates, uppers, weights, upper_weights, count, threshold) > allowed;
+    };
+    // Nothing below 80 nats matters; at large logits, where floats stand further apart, go by relative steps.
+    const float grain = std::fabs(reference) * 1e-5f;
+    const float least = reference - 80.0f - grain;
+    float high = reference + float(std::log(settings_.epsilon * std::max(tile.mass[q], 1e-300)));
+    high = std::clamp(high, least, reference);
+    float low = high - 8.0f - grain;
+    while (low > least && omits_too_much(low)) {
+        high = low;
+        low -= 16.0f + grain;
+    }
+    if (low <= least) return -kInf;
+    for (int i = 0; i < 12 && high - low > 0.02f; ++i) {
+        const float middle = 0.5f * (low + high);
+        (omits_too_much(middle) ? high : low) = middle;
+    }
+    return low;
+}
+
+// out = upper bound + sign * band: sign -1 gives the estimates, -2 the lower bounds.
+void Attend::away_from_upper(const Tile& tile, int q, size_t block, size_t count, float sign, const float* uppers,
+                             float* out) const {
+    if (tile.scan == Scan::full) {
+        for (size_t i = 0; i < count * kBlock; ++i) out[i] = uppers[i] + sign * full_band(tile, q, uppers[i]);
+        return;
+    }
+    const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+    kernels().bounds(sketch.high(block), sketch.low(block), cache_.key_dim(), count, &tile.coded[q],
+                     tile.scan == Scan::eight, uppers, sign, out);
+}
+
+// The r-th largest estimate, or for an exact answer the r-th largest lower bound, of the visible keys.
+float Attend::top_r_threshold(Tile& tile, int q) {
+    const size_t r = size_t(settings_.top_r), n = tile.blocks * kBlock;
+    if (r >= size_t(tile.seen[q])) return -kInf;
+    // Estimates are one band below the upper bounds, lower bounds two.
+    static thread_local std::vector<float> values;
+    values.resize(n);
+    away_from_upper(tile, q, 0, tile.blocks, exact_rule() ? -2.0f : -1.0f, tile.uppers + size_t(q) * tile.stride,
+                    values.data());
+    const auto reached = [&](float t) {
+        size_t count = n ? kernels().count_from(values.data(), n, t) : 0;
+        for (double s : tile.tail_logit[q]) count += s >= t;
+        return count;
+    };
+    // Bisection keeps: at least r values reach `low`.
+    float low = float(tile.reference[q]) - 1.0f, high = float(tile.reference[q]) + 1.0f;
+    for (float step = 2.0f; reached(low) < r; step *= 2.0f) {
+        high = low;
+        low -= step;
+        if (!(low > -3e38f)) return -kInf;
+    }
+    for (int i = 0; i < 24 && reached(low) > r; ++i) {
+        const float middle = 0.5f * (low + high);
+        (reached(middle) >= r ? low : high) = middle;
+    }
+    return low;
+}
+
+}  // namespace hsr::decoding
