@@ -37,22 +37,6 @@ from transformers import AutoTokenizer
 path = models.find("softmax-demo").directory
 inputs = AutoTokenizer.from_pretrained(path)("The best way to start is", return_tensors="pt")
 """,
-    "docs/indexes.md": """
-import numpy as np
-from hsr_attention import ConvexLayersIndex, relu_attention, softmax_attention
-rng = np.random.default_rng(0)
-keys, more_keys = rng.standard_normal((2, 5000, 2), dtype=np.float32)
-queries, thresholds = rng.standard_normal((3, 2), dtype=np.float32), 2.0
-q, k, v = rng.standard_normal((3, 1, 1, 5000, 2), dtype=np.float32)
-""",
-    "docs/transformers.md": """
-import tiny, torch
-import hsr_attention as hsr
-model, tokenizer, policy = tiny.model(), tiny.tokenizer(), hsr.SoftmaxPolicy()
-tokenizer.pad_token = "</s>"
-inputs = {"input_ids": torch.arange(20)[None]}
-token = inputs["input_ids"][:, :1]
-""",
 }
 NEEDS = {"docs/experiments.md": "lm_eval"}  # not in the environment of `make test`
 TORCH = ("README.md", "docs/quickstart.md", "docs/transformers.md", "docs/relu_model.md")
