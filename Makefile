@@ -14,6 +14,7 @@ LINT := .venv-lint
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+DOCS_PAGES := $(wildcard docs/*.md docs/*/*.md)
 PACKAGE := pyproject.toml README.md $(shell find src -name '*.py' -o -name py.typed 2>/dev/null)
 
 DEMO_FLAGS := --model smollm2 --essays 8000 --max-new-tokens 64 --compare-dense --report demo/report.png
@@ -58,12 +59,14 @@ test-slow: $(VENV)/.installed
 lint: $(LINT)/.tools $(VENV)/.dependencies
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/ruff format --check --line-length 76 $(DOCS_PAGES)
 	$(LINT)/bin/pyright --pythonpath $(BIN)/python
 	$(LINT)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp,$(NATIVE))
 
 format: $(LINT)/.tools
 	$(LINT)/bin/ruff check --fix .
 	$(LINT)/bin/ruff format .
+	$(LINT)/bin/ruff format --line-length 76 $(DOCS_PAGES)
 	$(LINT)/bin/clang-format -i $(filter %.h %.cpp,$(NATIVE))
 
 docs: $(VENV)/.tools

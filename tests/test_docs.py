@@ -84,6 +84,14 @@ def test_every_block_says_what_it_is(page):
     assert not any(CODE.search(formula) for formula in formulas), f"{page}: indented code"
 
 
+@pytest.mark.parametrize("page", [x for x in PAGES if x.startswith("docs/")])
+def test_code_fits_the_column_of_the_site(page):
+    for block in pages.blocks(page):
+        if block.language != "text":
+            wide = [line for line in block.code.splitlines() if len(line) > 76]
+            assert wide == [], f"{block}"
+
+
 @pytest.mark.parametrize("page", params(x for x in PAGES if pages.blocks(x, "python")))
 def test_python(page, desk):
     found = pages.blocks(page)
@@ -251,10 +259,28 @@ def test_the_site_is_whole_and_needs_no_network(site):
                 assert anchor in found[file.relative_to(out).as_posix()].ids, f"{name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_writes_a_scalar_product_as_html(page):
+    prose = re.sub(r"`[^`]*`", "", pages.prose(page))
+    assert re.findall(r"<\w+, *\w+>", prose) == []
+
+
 def test_scalar_products_are_not_taken_for_html(site):
-    _, out = site
+    found, out = site
     text = (out / "reference" / "attention.html").read_text(encoding="utf-8")
     assert "exp(scale ⟨q, k_j⟩)" in text
+    for name in found:
+        text = (out / name).read_text(encoding="utf-8")
+        assert not re.search(r"<[qk](,| )", text), f"{name}: <q, k> became a tag"
+
+
+def test_the_reference_describes_every_parameter(site):
+    found, out = site
+    for name in found:
+        if name.startswith("reference/"):
+            text = (out / name).read_text(encoding="utf-8")
+            assert not re.search(r"\u2013\s*(<p>\s*</p>|<div[^>]*>\s*</div>)?\s*</li>", text), name
+            assert "optional)</code>" not in text, f"{name}: a type in double brackets"
 
 
 @of_torch

@@ -242,7 +242,9 @@ class KVCache:
 
         Returns
         -------
-        [batch, heads, m, value_dim], of the kind and dtype of q. Rows that may see no key are zero.
+        [batch, heads, m, value_dim]
+            Of the kind and dtype of q; with ``return_certificate`` a pair of it and a ``Certificate``.
+            Rows that may see no key are zero.
         """
         queries = arguments.heads("q", q)
         if self._layer is None:

@@ -25,11 +25,11 @@ class SoftmaxPolicy:
 
     Attributes
     ----------
-    epsilon : float in (0, 1), optional
+    epsilon : float in (0, 1) or None
         Bound of the omitted share of the softmax mass. The default rule, with 0.04.
-    top_r : int >= 1, optional
+    top_r : int >= 1 or None
         The r keys with the largest logits are read at full precision (paper, Theorem 4.2).
-    threshold : float, optional
+    threshold : float, one for each head, one for each query, a rule, or None
         Keys with logit ``scale * <q, k> >= threshold`` are read at full precision.
     tail : "sketch" or "drop"
         Keys outside the exact set: weigh them from their codes, down to an omitted share of at most
@@ -52,7 +52,7 @@ class SoftmaxPolicy:
     tail: str = "sketch"
     exact: bool = False
     exact_share: float = 1e-3
-    tail_epsilon: float = DEFAULT_EPSILON
+    tail_epsilon: float = 0.04
     certify: bool = True
 
     def __post_init__(self) -> None:

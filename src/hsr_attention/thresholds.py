@@ -31,6 +31,7 @@ class ThresholdRule(Protocol):
         Parameters
         ----------
         queries : float32 [batch, heads, m, head_dim]
+            Queries of all heads.
         key_rms : float64 [batch, heads]
             Root mean square of the coordinates of the keys each head attends to: sigma_k.
         n : int64 [batch or 1, 1, m]

@@ -41,10 +41,18 @@ def relu_attention(
         Values, of the dtype of k.
     threshold : number, [heads], anything that broadcasts to [batch, heads, m], or a rule
         b of the paper, in logit units; ``thresholds.Gaussian()`` keeps about n^(4/5) keys.
-    power : int >= 1
+    power : int in [1, 16]
         alpha of the paper.
-    scale, is_causal, mask, index, return_certificate
-        As in ``softmax_attention``.
+    scale : float, optional
+        1 / sqrt(head_dim) by default.
+    is_causal : bool
+        Query i sees keys 0 .. i (aligned at the start, as in torch).
+    mask : bool [batch or 1, m or 1, n], optional
+        True where a key may be seen.
+    index : str, HalfspaceIndex, or [batch][kv_heads] of them, optional
+        For heads of few dimensions; see ``softmax_attention``.
+    return_certificate : bool
+        Return ``(out, Certificate)``.
 
     Returns
     -------

@@ -62,7 +62,8 @@ class HSRCache(Cache):
 
     Examples
     --------
-    ``model.generate(**inputs, past_key_values=HSRCache(model.config, SoftmaxPolicy(top_r=64)))``
+    >>> cache = HSRCache(model.config, SoftmaxPolicy(top_r=64))  # doctest: +SKIP
+    >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
     """
 
     def __init__(

@@ -29,6 +29,7 @@ def calibrated_threshold(
     Parameters
     ----------
     queries : [m, head_dim]
+        Queries of one head.
     key_std : float
         sigma_k, of the coordinates of the keys.
     n : int
