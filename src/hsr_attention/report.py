@@ -49,11 +49,13 @@ class Report:
     Attributes
     ----------
     indptr : int64 [m + 1]
+        Where each row begins, and the end of the last.
     indices : int64 [nnz]
         Ids of keys: their position in the order of insertion.
     scores : float32 [nnz]
         Computed in float64 and rounded once.
     work : Work
+        What the report cost.
     """
 
     indptr: NDArray[np.int64]

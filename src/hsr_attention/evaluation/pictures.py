@@ -70,7 +70,7 @@ def _times_by_length(axes: Any, runs: list[tuple[Run, str, str]]) -> None:
     axes.set_xlabel("tokens in the cache")
     _time_axis(axes)
     axes.set_xlim(left=0)
-    slowest = max((s for run, *_ in runs for s in (run.by_position or {}).values()), default=0.0)
+    slowest = max((s for run, *_ in runs for s in run.by_position.values()), default=0.0)
     if slowest:
         axes.set_ylim(top=1.1 * 1e3 * slowest)  # markers of the largest value stay whole
 

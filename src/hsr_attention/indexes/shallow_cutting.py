@@ -32,7 +32,7 @@ class ShallowCuttingIndex(LogarithmicIndex):
 
     Parameters
     ----------
-    keys : [n, d], d in 2, 3, 4
+    keys : array [n, d], d in 2, 3, 4
         float32, float16 or bfloat16; copied.
     max_bytes : int
         Most memory for hulls and conflict lists. The need is estimated first; a construction that
