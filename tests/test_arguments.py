@@ -240,7 +240,11 @@ def test_attention_arrays(attention, q, k, v, error, message):
             "give one of epsilon, top_r and threshold, got epsilon and top_r and threshold",
         ),
         (dict(threshold=np.nan), ValueError, "threshold must not be NaN"),
-        (dict(threshold="x"), TypeError, "threshold must be real numbers, got <U1"),
+        (
+            dict(threshold="x"),
+            TypeError,
+            "threshold must be a number, an array or a rule such as hsr_attention.Gaussian(), got 'x'",
+        ),
         (
             dict(threshold=[0.0, 1.0]),
             ValueError,

@@ -276,3 +276,17 @@ def test_without_a_certificate():
     policy = hsr.SoftmaxPolicy(certify=False)
     _, uncertified = attend(case, policy)
     assert np.isnan(uncertified.error_bound).all() and np.isnan(uncertified.omitted_mass).all()
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_counters_of_work(isa, m):
+    case = make("random", 3, n=3000, m=m)
+    _, relu = hsr.relu_attention(
+        case.q, case.k, case.v, threshold=hsr.Gaussian(), return_certificate=True
+    )
+    assert relu.work["sketched"] == 0  # ReLU weighs nothing from codes
+    _, softmax = hsr.softmax_attention(case.q, case.k, case.v, return_certificate=True)
+    assert softmax.work["sketched"] > 0
+    for certificate in (relu, softmax):
+        assert min(certificate.work.values()) >= 0
+        assert (certificate.estimated_error <= certificate.error_bound).all()

@@ -189,7 +189,7 @@ void Attend::run_wave() {
             if (tile.scan == Scan::four) work_.refined += part.refined * kBlock * tile.count;
             for (int q = 0; q < tile.count; ++q) {
                 work_.full_scored += part.exact[q];
-                work_.sketched += part.kept[q] - part.exact[q];
+                if (reads_value_codes()) work_.sketched += part.kept[q] - part.exact[q];
             }
         }
     }

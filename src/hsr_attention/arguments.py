@@ -221,6 +221,22 @@ def thresholds(array: ArrayLike, m: int) -> NDArray[np.float64]:
     return values
 
 
+def threshold_setting(value: Any) -> None:
+    """Check what a policy is given as a threshold, as far as it can be known without queries."""
+    if value is None or isinstance(value, (str, bytes)):
+        raise TypeError(
+            "threshold must be a number, an array or a rule such as hsr_attention.Gaussian(), "
+            f"got {value!r}"
+        )
+    if callable(value):
+        return
+    values = np.asarray(value.detach() if is_torch(value) else value)
+    if values.dtype.kind not in "fiu":
+        raise TypeError(f"threshold must be real numbers, got {values.dtype}")
+    if np.isnan(values).any():
+        raise ValueError("threshold must not be NaN")
+
+
 def attention_thresholds(array: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Check thresholds in logit units and spread them over ``shape`` = (batch, heads, m).
 

@@ -67,6 +67,8 @@ class SoftmaxPolicy:
             arguments.open_unit("epsilon", self.epsilon)
         if self.top_r is not None:
             arguments.positive_integer("top_r", self.top_r)
+        if self.threshold is not None:
+            arguments.threshold_setting(self.threshold)
         arguments.one_of("tail", self.tail, TAILS)
         arguments.open_unit("exact_share", self.exact_share)
         arguments.open_unit("tail_epsilon", self.tail_epsilon)
@@ -98,8 +100,7 @@ class ReLUPolicy:
 
     def __post_init__(self) -> None:
         arguments.bounded_integer("power", self.power, MAX_POWER)
-        if self.threshold is None:
-            raise TypeError("threshold must be a number, an array or a rule, got None")
+        arguments.threshold_setting(self.threshold)
         if not callable(self.threshold) and np.isneginf(np.asarray(self.threshold)).any():
             raise ValueError("threshold must be above -inf for ReLU attention, got -inf")
 

@@ -191,6 +191,24 @@ def test_sixteen_bit_tensors(dtype):
     certified(out.float().numpy()[0, 1], _Of(certificate.error_bound[0, 1]), exact)
 
 
+def test_a_certificate_looks_at_every_key_of_an_index():
+    """The changed key is not reported: only a certificate, which speaks of all keys, can tell."""
+    case = make("random", 4, n=300, d=3, m=2)
+    index = hsr.PartitionTreeIndex(case.k[0, 0])
+    k = case.k.copy()
+    k[0, 0, 123] *= 1.001
+    with pytest.raises(ValueError, match="got another score for key 123"):
+        hsr.softmax_attention(case.q, k, case.v, top_r=5, index=index, return_certificate=True)
+    index.delete(index.append(k[0, 0, :1]))
+    hsr.softmax_attention(case.q, case.k, case.v, top_r=5, index=index, return_certificate=True)
+    index.delete(np.array([7]))
+    index.append(case.k[0, 0, 7:8])
+    with pytest.raises(ValueError, match="by position, got other ids"):
+        hsr.softmax_attention(
+            case.q, case.k, case.v, top_r=5, index=index, return_certificate=True
+        )
+
+
 def test_refusals():
     case = make("random", 1, n=200, d=2, m=3)
     index = hsr.ConvexLayersIndex(case.k[0, 0])

@@ -19,8 +19,8 @@ class Certificate:
         ``DESIGN.md``, "The certificate". ReLU: which keys lie above the threshold is decided in
         float64.
     estimated_error
-        An *estimate* of the same error, for rounding errors of codes that are independent. Not a
-        bound.
+        An *estimate* of the same error, for rounding errors of codes that are independent, never
+        above the bound. Not a bound; usually several times the true error.
     omitted_mass
         Deterministic bound of the share of the softmax mass on keys that were left out.
     density
@@ -30,7 +30,9 @@ class Certificate:
     work
         Counters: pairs ``sketch_scored``, ``refined`` to 8 bits, ``full_scored``; pairs answered from
         codes (``sketched``); tiles of queries by kind of scan (``scanned_four``, ``scanned_eight``,
-        ``scanned_full``); selections repeated to meet epsilon (``selected_again``).
+        ``scanned_full``); of prompts, ``panels`` of keys that a tile of queries met, and pairs
+        ``skipped`` in words of 64 keys from which nothing was kept; selections repeated to meet
+        epsilon (``selected_again``). Over an index: ``full_scored`` and ``nodes_visited``.
     """
 
     error_bound: NDArray[np.float32]

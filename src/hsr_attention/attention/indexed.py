@@ -132,6 +132,8 @@ def attend_over(
                 None if seen is None else np.tile(seen[b], (group, 1)),
             )
             arguments.finite("q", arguments.FloatArray(head.queries, arguments.Dtype.float32))
+            if certify and not isinstance(index, str):
+                _same_keys(head)
             limit = None if limits is None else limits[b, own].reshape(-1)
             rows = _kept(head, policy, limit)
             weights = _Weights(head, policy, limit, certify)
@@ -145,7 +147,28 @@ def attend_over(
     if not certify:
         return answer, None
     bounds["error_bound"] += arguments.output_rounding(q, out)
+    np.minimum(bounds["estimated_error"], bounds["error_bound"], out=bounds["estimated_error"])
     return answer, Certificate(**bounds, work=work)
+
+
+def _same_keys(head: Head) -> None:
+    """Refuse an index over other keys: a bound of the error needs what was *not* reported as well.
+
+    The scores of all keys along one arbitrary direction tell any two keys apart that differ by more
+    than rounding, but for an unlucky few. As costly as the ranges that a certificate reads anyway.
+    """
+    n, dim = head.keys.shape
+    direction = np.random.default_rng(0).standard_normal(dim).astype(np.float32)
+    report = head.index.report(direction[None], np.array([-np.inf]))
+    if not np.array_equal(report.indices, np.arange(n)):
+        raise ValueError(f"index must hold the {n} keys of k by position, got other ids")
+    keys = head.keys.to_float32().astype(np.float64)
+    scores, reach = keys @ direction.astype(np.float64), np.abs(keys) @ np.abs(direction)
+    different = np.abs(scores - report.scores) > 2.0**-20 * reach + 1e-37
+    if different.any():
+        raise ValueError(
+            f"index must hold the keys of k, got another score for key {np.argmax(different)}"
+        )
 
 
 def _kept(head: Head, policy: Policy, limits: Floats | None) -> list[Row]:

@@ -18,7 +18,8 @@ from hsr_attention.policies import SoftmaxPolicy
 def run(
     model: options.Model,
     text: Annotated[
-        Path | None, typer.Option("--text", help="A text file (UTF-8).", show_default=False)
+        Path | None,
+        typer.Option("--text", "--prompt-file", help="A text file (UTF-8).", show_default=False),
     ] = None,
     essays: options.Essays = None,
     tokens: Annotated[

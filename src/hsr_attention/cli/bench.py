@@ -71,7 +71,7 @@ def decode(
     wanted = options.policy(policy)
     if not isinstance(wanted, SoftmaxPolicy):
         raise InputError("hsr bench decode compares with softmax; --policy must not be relu")
-    options.writable(plot, "--plot")
+    options.picture(plot, "--plot")
     chosen = None if layers is None else options.numbers(layers, "--layers")
     heads_shape = options.shape(shape)
     from hsr_attention.evaluation import capture, decode_speed

@@ -34,7 +34,7 @@ def bench_generate(
     from hsr_attention.evaluation import generation_speed
 
     wanted = options.policy(policy)
-    options.writable(plot, "--plot")
+    options.picture(plot, "--plot")
     chosen = options.numbers(lengths, "--lengths")
     if min(chosen) < 1:
         raise InputError(f"--lengths must be >= 1, got {min(chosen)}")

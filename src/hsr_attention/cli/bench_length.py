@@ -40,7 +40,7 @@ def bench_length(
     wanted = options.policy(policy)
     if not isinstance(wanted, SoftmaxPolicy):
         raise InputError("hsr bench length times softmax; --policy must not be relu")
-    options.writable(plot, "--plot")
+    options.picture(plot, "--plot")
     heads_shape = options.shape(shape)
     from hsr_attention.evaluation import capture, decode_speed, length_speed
 

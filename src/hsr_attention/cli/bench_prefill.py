@@ -55,7 +55,7 @@ def bench_prefill(
     hsr bench prefill --model smollm2 --n 2048,8192
     """
     wanted = options.policy(policy)
-    options.writable(plot, "--plot")
+    options.picture(plot, "--plot")
     lengths = None if n is None else options.numbers(n, "--n")
     if lengths and lengths[0] < 1:
         raise InputError(f"--n must be at least 1, got {lengths[0]}")

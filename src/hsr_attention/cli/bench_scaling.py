@@ -37,7 +37,7 @@ def bench_scaling(
 
     Example: hsr bench scaling --dim 2,3,4 --plot scaling.png
     """
-    options.writable(plot, "--plot")
+    options.picture(plot, "--plot")
     dims, sizes = options.numbers(dim, "--dim"), options.numbers(n, "--n")
     if not 1 <= dims[0] <= dims[-1] <= 512:
         raise InputError(f"--dim must lie in [1, 512], got {dim}")

@@ -41,7 +41,6 @@ def perplexity(
     Example: hsr evaluate perplexity --model smollm2 --essays
     """
     from hsr_attention.evaluation.decode_statistics import summary
-    from hsr_attention.evaluation.generation import default_policy
     from hsr_attention.evaluation.perplexity import perplexity as measure
 
     wanted = options.policy(policy) if policy else None
@@ -51,7 +50,7 @@ def perplexity(
     )
     if ids.shape[1] < n:
         raise InputError(f"the text has {ids.shape[1]} tokens, --prefix and --tokens need {n}")
-    wanted = wanted or default_policy(loaded.model.config)
+    wanted = options.fitting(wanted, loaded)
     results: dict[str, Any] = {}
     with console.progress() as bar:
         for name, chosen in (("hsr", wanted), ("dense", None)):
@@ -119,14 +118,13 @@ def prompt(
 
     Example: hsr evaluate prompt --model smollm2 --essays 8192
     """
-    from hsr_attention.evaluation.generation import default_policy
     from hsr_attention.evaluation.perplexity import attention_layers, prompt_perplexity
 
     wanted = options.policy(policy) if policy else None
     loaded, ids = options.load_with_text(
         model, dtype, prompt_file, essays, tokens, 0, max_context, threads, shorten="--tokens"
     )
-    wanted = wanted or default_policy(loaded.model.config)
+    wanted = options.fitting(wanted, loaded)
     results: dict[str, Any] = {}
     with console.progress("layers") as bar:
         for name, chosen in (("hsr", wanted), ("dense", None)):

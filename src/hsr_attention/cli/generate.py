@@ -79,7 +79,7 @@ def run(
     Example: hsr generate --model smollm2 --essays 8000 --compare-dense
     """
     wanted = options.policy(policy) if policy else None
-    options.writable(report, "--report")
+    options.picture(report, "--report")
     loaded, ids = options.load_with_text(
         model,
         dtype,
@@ -96,7 +96,7 @@ def run(
     from hsr_attention.evaluation import comparison, generation
     from hsr_attention.evaluation.decode_statistics import summary
 
-    wanted = wanted or generation.default_policy(loaded.model.config)
+    wanted = options.fitting(wanted, loaded)
     settings: dict[str, Any] = {
         "stop": set() if ignore_eos else generation.stop_tokens(loaded.model),
         "positions": comparison.sweep(ids.shape[1]) if report else None,

@@ -130,6 +130,8 @@ def policy(words: list[str] | None) -> Policy:
         if name in found:
             raise InputError(f"policy word {name}= is given twice")
         found[name] = _value(name, text)
+    if words and not found:
+        raise InputError(f"--policy must hold a word such as epsilon=0.05, got {words[0]!r}")
     attention = found.pop("attention", "softmax")
     if attention not in ("softmax", "relu"):
         raise InputError(f"policy attention= must be softmax or relu, got {attention!r}")
@@ -154,6 +156,8 @@ def _value(name: str, text: str) -> Any:
             return rules[text]() if text in rules else float(text)
     except (ValueError, KeyError):
         rule = "true or false" if name in _FLAGS else "a number"
+        if name == "threshold":
+            rule = "a number, gaussian or sqrt_log"
         if name in ("top_r", "power"):
             rule = "an integer"
         raise InputError(f"policy {name}= must be {rule}, got {text!r}") from None
@@ -296,10 +300,33 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def fitting(policy: Policy | None, loaded: Any) -> Policy:
+    """Return the policy for a model, by default its own; refuse one it was not trained for."""
+    from hsr_attention.evaluation.generation import default_policy
+
+    own = default_policy(loaded.model.config)
+    if policy is not None and isinstance(own, ReLUPolicy) and not isinstance(policy, ReLUPolicy):
+        raise InputError(
+            f"{loaded.source.name} was trained with ReLU attention: leave --policy out, or use "
+            "attention=relu,threshold=..."
+        )
+    return policy or own
+
+
+PICTURES = (".pdf", ".png", ".svg")
+
+
 def writable(path: Path | None, option: str) -> None:
     """Refuse an output file in a directory that does not exist, before any work is done."""
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{option}: directory {path.parent} does not exist")
+
+
+def picture(path: Path | None, option: str) -> None:
+    """Refuse a picture that could not be written, before any work is done."""
+    writable(path, option)
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise InputError(f"{option} must end in {', '.join(PICTURES)}, got {path.name}")
 
 
 def words(text: str, option: str, allowed: tuple[str, ...]) -> list[str]:
