@@ -185,7 +185,9 @@ def test_padding_rows_are_finite(several, policy):
         cache = hsr.HSRCache(model.config, policy)
         for start in (0, 60, 63):  # whole chunks of padding, dense and sparse
             end = {0: 60, 60: 63, 63: 120}[start]
-            out = model(ids[:, start:end], attention_mask=mask[:, :end], **with_cache(model, cache))
+            out = model(
+                ids[:, start:end], attention_mask=mask[:, :end], **with_cache(model, cache)
+            )
             assert torch.isfinite(out.logits).all()
 
 

@@ -137,7 +137,7 @@ def _inject(
                 )
         use_cache = given.get("use_cache")
         use_cache = default if use_cache is None else use_cache
-        if use_cache and not (model.training and model.is_gradient_checkpointing):
+        if use_cache and not _checkpoints(model):
             return _with(call, name, new_cache())
         if isinstance(policy, ReLUPolicy):
             raise ValueError("a ReLUPolicy attends through its cache, got use_cache=False")
@@ -145,6 +145,13 @@ def _inject(
         return _with(call, "use_cache", False) if use_cache else None
 
     return hook
+
+
+def _checkpoints(model: PreTrainedModel) -> bool:
+    """Say whether layers are checkpointed; the model's own property has a name for each release."""
+    return model.training and any(
+        getattr(x, "gradient_checkpointing", False) for x in model.modules()
+    )
 
 
 def _with(call: inspect.BoundArguments, name: str, value: Any) -> tuple[tuple, dict]:
