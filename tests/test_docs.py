@@ -105,6 +105,10 @@ def test_python(page, desk):
     for block in found:
         if block.language == "python":
             code = "\n" * (block.line - 1) + block.code  # a traceback shows the line of the page
+            if "model" in names:  # as the page tells readers to, with a transformers before 5.24
+                from hsr_attention.integrations.cache_argument import cache_argument
+
+                code = code.replace("cache=cache", f"{cache_argument(names['model'])}=cache")
             with contextlib.redirect_stdout(io.StringIO()) as out, eager():
                 exec(compile(code, str(ROOT / page), "exec"), names)
             printed = out.getvalue()

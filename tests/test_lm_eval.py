@@ -8,6 +8,7 @@ lm_eval = pytest.importorskip("lm_eval")
 
 import hsr_attention as hsr  # noqa: E402
 import tiny  # noqa: E402
+from hsr_attention.integrations.cache_argument import cache_argument  # noqa: E402
 
 pytestmark = [pytest.mark.transformers, pytest.mark.slow]
 
@@ -39,7 +40,7 @@ def test_a_ruler_task_answers_the_same_through_an_exact_policy(tmp_path, monkeyp
         original = enabled.forward
 
         def forward(*args, **kwargs):
-            seen.append(type(kwargs.get("past_key_values")).__name__)
+            seen.append(type(kwargs.get(cache_argument(enabled))).__name__)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(enabled, "forward", forward)

@@ -18,6 +18,7 @@ import hsr_attention as hsr  # noqa: E402
 from hsr_attention.attention import reference  # noqa: E402
 from hsr_attention.evaluation import generation, models  # noqa: E402
 from hsr_attention.evaluation.errors import InputError  # noqa: E402
+from hsr_attention.integrations.cache_argument import with_cache  # noqa: E402
 from hsr_attention.integrations.relu_model import dense_relu_attention  # noqa: E402
 from hsr_attention.integrations.transformers import (  # noqa: E402
     ReLULMConfig,
@@ -204,7 +205,7 @@ def test_the_cache_takes_the_models_policy():
     other = small(relu_sigma=0.8)
     other.set_attn_implementation("hsr")
     with pytest.raises(ValueError, match=r"relu_power 2, got a model with 1"):
-        other(tokens(1, 5), past_key_values=cache)
+        other(tokens(1, 5), **with_cache(other, cache))
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "flex_attention"])

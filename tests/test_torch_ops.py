@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 import hsr_attention as hsr  # noqa: E402
 import tiny  # noqa: E402
 from hsr_attention.integrations import torch_ops, transformers  # noqa: E402, F401
+from hsr_attention.integrations.cache_argument import with_cache  # noqa: E402
 
 pytestmark = [
     pytest.mark.transformers,
@@ -134,12 +135,12 @@ def decode(model, forward, cache, ids, steps=12, mask=None):
     """Prefill eagerly, then decode greedily through ``forward``; return all logits."""
     logits = []
     with torch.no_grad():
-        out = model(ids, attention_mask=mask, past_key_values=cache)
+        out = model(ids, attention_mask=mask, **with_cache(model, cache))
         for _ in range(steps):
             token = out.logits[:, -1:].argmax(-1)
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            out = forward(input_ids=token, attention_mask=mask, past_key_values=cache)
+            out = forward(input_ids=token, attention_mask=mask, **with_cache(model, cache))
             logits.append(out.logits[:, -1])
     return torch.stack(logits)
 
@@ -175,12 +176,12 @@ def test_eager_and_compiled_steps_take_turns():
     ids = torch.randint(2, 60, (1, 90), generator=torch.Generator().manual_seed(0))
     one, other = (hsr.HSRCache(model.config) for _ in range(2))
     with torch.no_grad():
-        model(ids[:, :50], past_key_values=one)
-        model(ids[:, :50], past_key_values=other)
+        model(ids[:, :50], **with_cache(model, one))
+        model(ids[:, :50], **with_cache(model, other))
         for i in range(50, 90):
             step = compiled if i % 3 else model
-            out = step(input_ids=ids[:, i : i + 1], past_key_values=one)
-            expected = model(ids[:, i : i + 1], past_key_values=other)
+            out = step(input_ids=ids[:, i : i + 1], **with_cache(model, one))
+            expected = model(ids[:, i : i + 1], **with_cache(model, other))
             torch.testing.assert_close(out.logits, expected.logits, atol=1e-5, rtol=1e-5)
             if i == 70:  # and what was cropped is forgotten by both
                 one.crop(-9)
@@ -195,7 +196,7 @@ def test_prompts_compile_too():
     ids = torch.randint(2, 60, (1, 40), generator=torch.Generator().manual_seed(0))
     cache, other = (hsr.HSRCache(model.config) for _ in range(2))
     with torch.no_grad():
-        found = compiled(input_ids=ids, past_key_values=cache).logits
-        expected = model(ids, past_key_values=other).logits
+        found = compiled(input_ids=ids, **with_cache(model, cache)).logits
+        expected = model(ids, **with_cache(model, other)).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert cache.get_seq_length() == 40

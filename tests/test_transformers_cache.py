@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 import hsr_attention as hsr  # noqa: E402
 from hsr_attention import _native  # noqa: E402
 from hsr_attention.integrations import torch_threads  # noqa: E402
+from hsr_attention.integrations.cache_argument import with_cache  # noqa: E402
 from hsr_attention.integrations.layer import CachedRows, DenseSlidingLayer, HSRLayer  # noqa: E402
 
 pytestmark = pytest.mark.transformers
@@ -208,10 +209,10 @@ def test_statistics():
     cache = hsr.HSRCache(model.config, hsr.SoftmaxPolicy(top_r=8), collect=True)
     ids = torch.randint(0, 97, (BATCH, 200))
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
         assert [s.density.size for s in cache.statistics()] == [0, 0]
         for _ in range(3):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **with_cache(model, cache))
     for index, found in enumerate(cache.statistics()):
         assert found.layer == index
         for array in (found.density, found.omitted_mass, found.error_bound, found.estimated_error):

@@ -10,6 +10,11 @@ transformers = pytest.importorskip("transformers")
 import hsr_attention as hsr  # noqa: E402
 import hsr_attention.integrations.transformers  # noqa: E402  (makes "hsr" known)
 from hsr_attention.integrations import answering  # noqa: E402
+from hsr_attention.integrations.cache_argument import (  # noqa: E402
+    CACHE_ARGUMENTS,
+    cache_argument,
+    with_cache,
+)
 from hsr_attention.integrations.layer import HSRLayer  # noqa: E402
 
 pytestmark = pytest.mark.transformers
@@ -86,6 +91,11 @@ def padded(batch=3, tokens=120):
     return ids, mask
 
 
+def cache_in(out):
+    """Return the cache of what a model, or ``generate``, returned."""
+    return next((out[name] for name in CACHE_ARGUMENTS if name in out), None)
+
+
 def generate(model, ids, seed=0, **settings):
     torch.manual_seed(seed)
     settings = {"max_new_tokens": 20, "do_sample": False} | settings
@@ -96,7 +106,7 @@ def generate_hsr(model, ids, policy=EVERYTHING, seed=0, **settings):
     model.set_attn_implementation("hsr")
     cache = hsr.HSRCache(model.config, policy)
     try:
-        out = generate(model, ids, seed, past_key_values=cache, **settings)
+        out = generate(model, ids, seed, **with_cache(model, cache), **settings)
     finally:
         model.set_attn_implementation("sdpa")
     assert cache.get_seq_length() >= ids.shape[1]
@@ -175,7 +185,9 @@ def test_padding_rows_are_finite(several, policy):
         cache = hsr.HSRCache(model.config, policy)
         for start in (0, 60, 63):  # whole chunks of padding, dense and sparse
             end = {0: 60, 60: 63, 63: 120}[start]
-            out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+            out = model(
+                ids[:, start:end], attention_mask=mask[:, :end], **with_cache(model, cache)
+            )
             assert torch.isfinite(out.logits).all()
 
 
@@ -195,8 +207,8 @@ def test_logits_equal_dense_for_any_number_of_new_tokens(several, m):
         dense = model(ids).logits[:, -m:]
         model.set_attn_implementation("hsr")
         cache = hsr.HSRCache(model.config, EVERYTHING, collect=True)
-        model(ids[:, :-m], past_key_values=cache)
-        found = model(ids[:, -m:], past_key_values=cache).logits
+        model(ids[:, :-m], **with_cache(model, cache))
+        found = model(ids[:, -m:], **with_cache(model, cache)).logits
     torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
     is_prompt = 2 * m >= answering.PROMPT_ROWS  # two query heads a key head; not recorded
     reported = m if m == 1 or (several == "sparse" and not is_prompt) else 0
@@ -219,8 +231,8 @@ def test_policies_stay_near_dense(policy):
         dense = model(ids).logits[:, -1].log_softmax(-1)
         model.set_attn_implementation("hsr")
         cache = hsr.HSRCache(model.config, policy)
-        model(ids[:, :-1], past_key_values=cache)
-        sparse = model(ids[:, -1:], past_key_values=cache).logits[:, -1].log_softmax(-1)
+        model(ids[:, :-1], **with_cache(model, cache))
+        sparse = model(ids[:, -1:], **with_cache(model, cache)).logits[:, -1].log_softmax(-1)
     assert (dense.exp() * (dense - sparse)).sum() < 0.02
 
 
@@ -263,7 +275,7 @@ def test_autocast():
     model.set_attn_implementation("hsr")
     cache = hsr.HSRCache(model.config)
     with torch.autocast("cpu", torch.bfloat16):
-        text = generate(model, ids, past_key_values=cache)
+        text = generate(model, ids, **with_cache(model, cache))
     assert text.shape == (1, ids.shape[1] + 20)
     assert all(x.dtype is torch.bfloat16 for x in cache.layers[0].tensors())
 
@@ -279,9 +291,9 @@ def test_a_conversation_goes_on_in_the_same_cache():
     model, ids = llama(), prompt()
     model.set_attn_implementation("hsr")
     cache = hsr.HSRCache(model.config, EVERYTHING)
-    first = generate(model, ids, past_key_values=cache)
+    first = generate(model, ids, **with_cache(model, cache))
     longer = torch.cat([first, prompt(9, seed=9)], 1)
-    second = generate(model, longer, past_key_values=cache)
+    second = generate(model, longer, **with_cache(model, cache))
     model.set_attn_implementation("sdpa")
     assert torch.equal(second, generate(model, longer))
 
@@ -293,12 +305,12 @@ def test_a_cached_prefix_serves_two_prompts():
     model.set_attn_implementation("hsr")
     prefix = hsr.HSRCache(model.config, EVERYTHING)
     with torch.no_grad():
-        model(ids[:, :100], past_key_values=prefix)
+        model(ids[:, :100], **with_cache(model, prefix))
     texts = [
         generate(
             model,
             torch.cat([ids[:, :100], prompt(30, seed=seed)], 1),
-            past_key_values=copy.deepcopy(prefix),
+            **with_cache(model, copy.deepcopy(prefix)),
         )
         for seed in (1, 2)
     ]
@@ -353,7 +365,7 @@ def test_architectures(name):
         out = generate(
             model, ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True
         )
-    assert isinstance(out.past_key_values, hsr.HSRCache)
+    assert isinstance(cache_in(out), hsr.HSRCache)
     assert torch.equal(out.sequences, dense)
 
 
@@ -375,11 +387,11 @@ def test_enable_generates_and_restores():
     with hsr.enable(model, EVERYTHING) as inside:
         assert inside is model
         out = generate(model, ids, return_dict_in_generate=True)
-        assert isinstance(out.past_key_values, hsr.HSRCache)
+        assert isinstance(cache_in(out), hsr.HSRCache)
         assert torch.equal(out.sequences, dense)
     assert state_of(model) == before
     out = generate(model, ids, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, transformers.DynamicCache)
+    assert isinstance(cache_in(out), transformers.DynamicCache)
     assert torch.equal(out.sequences, dense)
 
 
@@ -407,9 +419,9 @@ def test_enable_nests_and_the_innermost_policy_holds():
     before = state_of(model)
 
     def policies():
-        made = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True).past_key_values
-        called = model(ids).past_key_values
-        return made.policy, called.policy
+        made = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
+        called = model(ids)
+        return cache_in(made).policy, cache_in(called).policy
 
     with hsr.enable(model, outer):
         assert policies() == (outer, outer)
@@ -422,7 +434,7 @@ def test_enable_nests_and_the_innermost_policy_holds():
 def test_enable_changes_no_other_model():
     one, other = llama(), llama()
     with hsr.enable(one):
-        assert isinstance(other(prompt(10)).past_key_values, transformers.DynamicCache)
+        assert isinstance(cache_in(other(prompt(10))), transformers.DynamicCache)
         assert other.config._attn_implementation == "sdpa"
 
 
@@ -432,12 +444,12 @@ def test_enable_covers_calls_of_the_model():
         dense = model(ids).logits
         with hsr.enable(model, EVERYTHING):
             scored = model(ids, use_cache=False)  # perplexity: the whole sequence at once
-            assert torch.equal(scored.logits, dense) and scored.past_key_values is None
+            assert torch.equal(scored.logits, dense) and cache_in(scored) is None
             first = model(ids[:, :-2], use_cache=True)
-            assert isinstance(first.past_key_values, hsr.HSRCache)
-            last = model(ids[:, -2:], past_key_values=first.past_key_values)
+            assert isinstance(cache_in(first), hsr.HSRCache)
+            last = model(ids[:, -2:], **with_cache(model, cache_in(first)))
             positional = model(ids, None, None, None)
-            assert isinstance(positional.past_key_values, hsr.HSRCache)
+            assert isinstance(cache_in(positional), hsr.HSRCache)
     torch.testing.assert_close(last.logits, dense[:, -2:], rtol=1e-4, atol=1e-4)
 
 
@@ -469,7 +481,7 @@ def test_pipeline():
     made = []
     with hsr.enable(model, EVERYTHING):
         hook = model.register_forward_pre_hook(
-            lambda _, args, kwargs: made.append(kwargs["past_key_values"]), with_kwargs=True
+            lambda _, args, kwargs: made.append(kwargs[cache_argument(model)]), with_kwargs=True
         )
         assert pipe(texts, **settings) == dense
         hook.remove()
@@ -507,7 +519,7 @@ def test_mixed_models_report_only_in_full_layers():
     model, ids = gemma3(), prompt()
     model.set_attn_implementation("hsr")
     cache = hsr.HSRCache(model.config, EVERYTHING, collect=True)
-    generate(model, ids, past_key_values=cache, max_new_tokens=5)
+    generate(model, ids, **with_cache(model, cache), max_new_tokens=5)
     assert [isinstance(layer, HSRLayer) for layer in cache.layers] == [False, True, False, True]
     assert [s.layer for s in cache.statistics()] == [1, 3]
     assert all(s.density.shape == (4, 4) for s in cache.statistics())

@@ -7,6 +7,7 @@ transformers = pytest.importorskip("transformers")
 
 import hsr_attention as hsr  # noqa: E402
 from hsr_attention.integrations import answering, masks  # noqa: E402
+from hsr_attention.integrations.cache_argument import with_cache  # noqa: E402
 from test_transformers_generate import EVERYTHING, llama, prompt  # noqa: E402
 
 pytestmark = pytest.mark.transformers
@@ -50,7 +51,7 @@ def test_a_long_prompt_equals_dense(counted, dtype):
     model.set_attn_implementation("hsr")
     cache = hsr.HSRCache(model.config, EVERYTHING, collect=True)
     with torch.no_grad():
-        found = model(ids, past_key_values=cache).logits
+        found = model(ids, **with_cache(model, cache)).logits
     tolerance = 1e-3 if dtype == torch.float32 else 0.3
     torch.testing.assert_close(found, dense, rtol=tolerance, atol=tolerance)
     assert counted == {"sparse": 3 * LONG, "dense": 0}
@@ -75,7 +76,7 @@ def test_chunks_equal_the_whole(counted, chunk):
     pieces = []
     with torch.no_grad():
         for part in ids.split(chunk, dim=1):
-            pieces.append(model(part, past_key_values=cache).logits)
+            pieces.append(model(part, **with_cache(model, cache)).logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), dense, rtol=1e-3, atol=1e-3)
     assert counted["sparse"] > 0
 

@@ -6,6 +6,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import hsr_attention as hsr  # noqa: E402
+from hsr_attention.integrations.cache_argument import (  # noqa: E402
+    CACHE_ARGUMENTS,
+    cache_argument,
+    with_cache,
+)
 from hsr_attention.integrations.transformers import hsr_attention  # noqa: E402
 
 pytestmark = pytest.mark.transformers
@@ -35,6 +40,7 @@ def llama(implementation="hsr", **changes):
 
 
 IDS = torch.arange(3, 23)[None]
+NAME = cache_argument(llama())  # in the release that is installed
 
 
 def call(model, ids=IDS, **settings):
@@ -51,9 +57,9 @@ def test_hsr_cache_without_hsr_attention(implementation, kv_heads):
     model = llama(implementation, num_key_value_heads=kv_heads)
     cache = hsr.HSRCache(model.config)
     with pytest.raises(ValueError, match=r"attn_implementation='hsr'"):
-        call(model, past_key_values=cache)
+        call(model, **with_cache(model, cache))
     model.set_attn_implementation("hsr")  # the fix the message names
-    call(model, past_key_values=cache)
+    call(model, **with_cache(model, cache))
     assert cache.get_seq_length() == IDS.shape[1]
 
 
@@ -67,12 +73,69 @@ def test_hsr_attention_with_another_cache(kind):
 def test_another_cache_inside_enable():
     model = llama("sdpa")
     with hsr.enable(model):
-        with pytest.raises(ValueError, match=r"past_key_values must be an HSRCache .* Dynamic"):
-            call(model, past_key_values=transformers.DynamicCache(config=model.config))
-        with pytest.raises(ValueError, match=r"past_key_values must be an HSRCache .* Dynamic"):
-            model.generate(IDS, past_key_values=transformers.DynamicCache(), max_new_tokens=2)
+        for name in {"past_key_values", NAME}:  # old names are renamed later
+            dense = transformers.DynamicCache(config=model.config)
+            with pytest.raises(ValueError, match=f"{name} must be an HSRCache .* DynamicCache"):
+                call(model, **{name: dense})
+            with pytest.raises(ValueError, match=f"{name} must be an HSRCache .* tuple"):
+                call(model, **{name: ((torch.zeros(1), torch.zeros(1)),)})
+        dense = with_cache(model, transformers.DynamicCache())
+        with pytest.raises(ValueError, match=r"must be an HSRCache .* DynamicCache"):
+            model.generate(IDS, **dense, max_new_tokens=2)
         with pytest.raises(ValueError, match=r"cache_implementation must be None .* 'static'"):
             model.generate(IDS, cache_implementation="static", max_new_tokens=2)
+
+
+def test_a_forward_call_that_takes_no_cache_by_a_known_name():
+    class Nameless(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            return super().forward(input_ids, attention_mask, **kwargs)
+
+    model = Nameless(config()).eval()
+    before = model.config._attn_implementation
+    message = "must take its cache as past_key_values or cache, got Nameless.forward with self"
+    with pytest.raises(ValueError, match=message):
+        cache_argument(model)
+    with pytest.raises(ValueError, match=message), hsr.enable(model):
+        raise AssertionError("the block runs")
+    assert model.config._attn_implementation == before and not model._forward_pre_hooks
+
+
+class OldName(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, past_key_values=None, **kwargs):
+        return super().forward(input_ids, **{NAME: past_key_values}, **kwargs)
+
+
+class NewName(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, cache=None, **kwargs):
+        return super().forward(input_ids, **{NAME: cache}, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(OldName, "past_key_values"), (NewName, "cache")], ids=CACHE_ARGUMENTS
+)
+def test_both_names_of_the_cache_are_known(kind, name):
+    """Of another release of transformers, or of a model whose code comes with its weights."""
+    model = kind(config()).eval()
+    assert cache_argument(model) == name
+    with hsr.enable(model):
+        for settings in ({}, {"use_cache": True}, dict.fromkeys(CACHE_ARGUMENTS)):
+            assert isinstance(call(model, **settings)[NAME], hsr.HSRCache), settings
+        assert NAME not in call(model, use_cache=False)
+        cache = hsr.HSRCache(model.config)
+        assert call(model, **with_cache(model, cache))[NAME] is cache
+
+
+def test_gradient_checkpointing_makes_no_other_cache():
+    """Layers that are checkpointed take no cache; without gradients some releases make one."""
+    model = llama("sdpa")
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()
+    with hsr.enable(model):
+        assert NAME not in call(model)
+        model(IDS).logits.sum().backward()
+    with hsr.enable(model, hsr.ReLUPolicy()), pytest.raises(ValueError, match="use_cache=False"):
+        call(model)
 
 
 @pytest.mark.parametrize(
@@ -91,21 +154,21 @@ def test_cache_of_another_model(changes, message, used):
     model, other = llama(), llama(**changes)
     cache = hsr.HSRCache(model.config)
     if used:
-        call(model, past_key_values=cache)
+        call(model, **with_cache(model, cache))
     before = cache.get_seq_length()
     with pytest.raises(ValueError, match=f"{message}|like the cache|like the keys"):
-        call(other, past_key_values=cache)
+        call(other, **with_cache(other, cache))
     assert cache.get_seq_length() == before
-    call(model, past_key_values=cache)  # unharmed
+    call(model, **with_cache(model, cache))  # unharmed
     assert cache.get_seq_length() == before + IDS.shape[1]
 
 
 def test_another_batch():
     model = llama()
     cache = hsr.HSRCache(model.config)
-    call(model, past_key_values=cache)
+    call(model, **with_cache(model, cache))
     with pytest.raises(ValueError, match="like the cache"):
-        call(model, IDS.repeat(2, 1), past_key_values=cache)
+        call(model, IDS.repeat(2, 1), **with_cache(model, cache))
 
 
 def test_layer_index_beyond_the_cache():
@@ -185,7 +248,7 @@ def test_dtype():
     with pytest.raises(
         TypeError, match=r"must be float32, bfloat16 or float16, got torch.float64"
     ):
-        call(model, past_key_values=hsr.HSRCache(model.config))
+        call(model, **with_cache(model, hsr.HSRCache(model.config)))
 
 
 # --- what the attention function is asked for ---------------------------------------------------
@@ -267,9 +330,9 @@ def test_output_attentions():
 def test_gradients_through_a_prompt_but_not_through_decoding():
     model = llama()
     cache = hsr.HSRCache(model.config)
-    model(IDS, past_key_values=cache).logits.sum().backward()
+    model(IDS, **with_cache(model, cache)).logits.sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
-    out = model(IDS[:, :1], past_key_values=cache)
+    out = model(IDS[:, :1], **with_cache(model, cache))
     with pytest.raises(RuntimeError, match="hsr attention over a cache has no gradient"):
         out.logits.sum().backward()
 
@@ -282,23 +345,23 @@ def test_a_mask_that_shows_newer_keys():
     dense = llama("sdpa")
     with torch.no_grad():
         other = transformers.DynamicCache(config=dense.config)
-        dense(IDS, past_key_values=other)
-        expected = dense(ids, past_key_values=other, attention_mask=mask).logits
+        dense(IDS, **with_cache(dense, other))
+        expected = dense(ids, **with_cache(dense, other), attention_mask=mask).logits
         cache = hsr.HSRCache(model.config, hsr.SoftmaxPolicy(top_r=1, tail="drop"))
-        model(IDS, past_key_values=cache)
-        found = model(ids, past_key_values=cache, attention_mask=mask).logits
+        model(IDS, **with_cache(model, cache))
+        found = model(ids, **with_cache(model, cache), attention_mask=mask).logits
         torch.testing.assert_close(found, expected)
         cache = hsr.HSRCache(model.config, hsr.ReLUPolicy())
-        model(IDS, past_key_values=cache)
+        model(IDS, **with_cache(model, cache))
         with pytest.raises(ValueError, match="a ReLUPolicy needs causal attention"):
-            model(ids, past_key_values=cache, attention_mask=mask)
+            model(ids, **with_cache(model, cache), attention_mask=mask)
 
 
 def test_not_a_number():
     model = llama()
     model.model.layers[1].self_attn.k_proj.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="keys must be finite"):
-        call(model, past_key_values=hsr.HSRCache(model.config))
+        call(model, **with_cache(model, hsr.HSRCache(model.config)))
 
 
 def test_unregistered_name_is_registered_by_asking_for_the_cache():

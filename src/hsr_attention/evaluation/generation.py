@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hsr_attention.evaluation.errors import InputError
+from hsr_attention.integrations.cache_argument import with_cache
 from hsr_attention.policies import Policy
 
 
@@ -101,7 +102,7 @@ def prefill(
     with torch.no_grad():
         for start in range(0, n, step):
             part = ids[:, start : start + step]
-            out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(part, **with_cache(model, cache), use_cache=True, logits_to_keep=1)
             logits = out.logits[0, -1]
             on_tokens(min(start + step, n))
     return logits
@@ -147,7 +148,7 @@ def step(model: Any, cache: Any, token: int) -> Any:
 
     with torch.no_grad():
         ids = torch.tensor([[token]])
-        return model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
+        return model(ids, **with_cache(model, cache), use_cache=True).logits[0, -1]
 
 
 def crop(cache: Any, n: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hsr_attention.evaluation import generation
 from hsr_attention.evaluation.prompt_state import PromptState
+from hsr_attention.integrations.cache_argument import with_cache
 
 _IMPLEMENTATION = "hsr_masked_top_r"
 
@@ -44,7 +45,7 @@ def top_r_nats(model: Any, state: PromptState, forced: list[int], r: int) -> lis
     try:
         with torch.no_grad():
             ids = torch.tensor([forced[:-1]])
-            logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
+            logits = model(ids, **with_cache(model, cache), use_cache=True).logits[0]
     finally:
         model.set_attn_implementation(before)
     every = torch.cat([state.logits[None], logits.float()])

@@ -10,6 +10,7 @@ from typing import Any
 
 from hsr_attention.evaluation import generation
 from hsr_attention.evaluation.errors import InputError
+from hsr_attention.integrations.cache_argument import with_cache
 from hsr_attention.policies import Policy
 
 
@@ -136,8 +137,8 @@ def prompt_perplexity(
                 else generation.hsr_cache(model, policy, collect=False)
             )
             start = time.perf_counter()
-            hidden = model.base_model(ids, past_key_values=cache, use_cache=True)
-            hidden = hidden.last_hidden_state[0]
+            base = model.base_model
+            hidden = base(ids, **with_cache(base, cache), use_cache=True).last_hidden_state[0]
             seconds = time.perf_counter() - start
             nats: list[float] = []
             for first in range(0, n - 1, SCORED_AT_ONCE):

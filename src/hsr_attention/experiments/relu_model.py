@@ -15,6 +15,7 @@ from hsr_attention.evaluation import generation, models, texts
 from hsr_attention.experiments import figures
 from hsr_attention.experiments.growth import exponent, table
 from hsr_attention.experiments.workbench import Workbench
+from hsr_attention.integrations.cache_argument import with_cache
 
 NAME = "relu-model"
 TITLE = "A language model whose attention is ReLU"
@@ -127,7 +128,8 @@ def densities(model: Any, stream: Any, length: int) -> dict[int, list[list[float
     with torch.no_grad():
         for start in range(0, stream.shape[1] - length, length):
             cache = generation.hsr_cache(model, generation.default_policy(model.config))
-            model(stream[:, start : start + length], past_key_values=cache, logits_to_keep=1)
+            part = stream[:, start : start + length]
+            model(part, **with_cache(model, cache), logits_to_keep=1)
             windows.append(np.stack([layer.density for layer in cache.statistics()]))
     mean = np.mean(windows, axis=0)  # [layers, heads, positions]
     sizes = [n for n in LENGTHS if n <= length]

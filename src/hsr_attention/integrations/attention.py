@@ -176,6 +176,6 @@ def _check_uncached(
     if m != n and causal and not getattr(key, "hsr_dense", False):
         raise ValueError(
             "attn_implementation='hsr' decodes from an HSRCache, got another cache's "
-            f"{n} keys for {m} new positions; pass past_key_values=hsr_attention.HSRCache("
-            "model.config, policy) or run inside hsr_attention.enable(model, policy)"
+            f"{n} keys for {m} new positions; give the model an hsr_attention.HSRCache("
+            "model.config, policy), or run inside hsr_attention.enable(model, policy)"
         )

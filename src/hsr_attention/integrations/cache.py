@@ -32,8 +32,9 @@ _WITHOUT_KEYS = frozenset({"LinearAttentionLayer", "DummyLayer"})
 class HSRCache(Cache):
     """Keys, values and codes of all layers of a model.
 
-    Pass it as ``past_key_values`` to a model with ``attn_implementation="hsr"``. Full-attention
-    layers are ``HSRLayer``; sliding-window and linear layers stay as transformers has them.
+    Pass it as ``cache`` (``past_key_values`` before transformers 5.24) to a model with
+    ``attn_implementation="hsr"``. Full-attention layers are ``HSRLayer``; sliding-window and linear
+    layers stay as transformers has them.
 
     Parameters
     ----------
@@ -63,7 +64,7 @@ class HSRCache(Cache):
     Examples
     --------
     >>> cache = HSRCache(model.config, SoftmaxPolicy(top_r=64))  # doctest: +SKIP
-    >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    >>> model.generate(**inputs, cache=cache)  # doctest: +SKIP
     """
 
     def __init__(

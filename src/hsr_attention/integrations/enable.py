@@ -9,10 +9,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hsr_attention.integrations.attention import NAME
 from hsr_attention.integrations.cache import HSRCache
+from hsr_attention.integrations.cache_argument import CACHE_ARGUMENTS, cache_argument
 from hsr_attention.policies import Policy, ReLUPolicy
 
 _PREPARE = "_prepare_cache_for_generation"
@@ -35,7 +36,8 @@ def enable(
     Raises
     ------
     ValueError
-        If the model cannot use an ``HSRCache``, or, inside, if another kind of cache is asked for.
+        If the model cannot use an ``HSRCache``, or its forward call takes no cache by a known name;
+        inside, if another kind of cache is asked for.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -96,10 +98,11 @@ def _prepare_hsr(
             raise ValueError(
                 f"cache_implementation must be None inside hsr_attention.enable, got {kind!r}"
             )
-        given = model_kwargs.get("past_key_values")
+        missing = [name for name in CACHE_ARGUMENTS if model_kwargs.get(name) is None]
         result = outer(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = new_cache()
+        for name in missing:
+            if model_kwargs.get(name) is not None:  # made just now
+                model_kwargs[name] = new_cache()
         return result
 
     previous = model.__dict__.get(_PREPARE)
@@ -114,29 +117,46 @@ def _inject(
     model: PreTrainedModel, policy: Policy, new_cache: Callable[[], HSRCache]
 ) -> Callable[..., tuple[tuple, dict] | None]:
     """Return a hook that gives an ``HSRCache`` to a forward call that would make a dynamic one."""
+    name = cache_argument(model)
     signature = inspect.signature(model.forward)
     default = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
 
     def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        given = kwargs.get("past_key_values")
-        if isinstance(given, HSRCache):
+        if isinstance(kwargs.get(name), HSRCache):
             return None
+        kwargs = {k: v for k, v in kwargs.items() if k not in CACHE_ARGUMENTS or v is not None}
         call = signature.bind_partial(*args, **kwargs)
-        given, use_cache = (call.arguments.get(x) for x in ("past_key_values", "use_cache"))
-        if isinstance(given, HSRCache):
-            return None
-        if isinstance(given, Cache):
-            raise ValueError(
-                "past_key_values must be an HSRCache (or none) inside hsr_attention.enable, got "
-                f"{type(given).__name__}"
-            )
-        if (default if use_cache is None else use_cache) and not (
-            model.training and model.is_gradient_checkpointing
-        ):
-            call.arguments["past_key_values"] = new_cache()
-            return call.args, call.kwargs
+        given = kwargs | call.arguments  # by position too, and names that only **kwargs takes
+        for other in CACHE_ARGUMENTS:  # the model may rename an old one
+            if isinstance(given.get(other), HSRCache):
+                return None
+            if given.get(other) is not None:
+                raise ValueError(
+                    f"{other} must be an HSRCache (or none) inside hsr_attention.enable, got "
+                    f"{type(given[other]).__name__}"
+                )
+        use_cache = given.get("use_cache")
+        use_cache = default if use_cache is None else use_cache
+        if use_cache and not _checkpoints(model):
+            return _with(call, name, new_cache())
         if isinstance(policy, ReLUPolicy):
             raise ValueError("a ReLUPolicy attends through its cache, got use_cache=False")
-        return None
+        # Layers that are checkpointed take no cache; some versions of transformers make one anyway.
+        return _with(call, "use_cache", False) if use_cache else None
 
     return hook
+
+
+def _checkpoints(model: PreTrainedModel) -> bool:
+    """Say whether layers are checkpointed; the model's own property has a name for each release."""
+    return model.training and any(
+        getattr(x, "gradient_checkpointing", False) for x in model.modules()
+    )
+
+
+def _with(call: inspect.BoundArguments, name: str, value: Any) -> tuple[tuple, dict]:
+    """Return the arguments of a call with one of them set."""
+    if name not in call.signature.parameters:  # only its **kwargs takes it
+        return call.args, call.kwargs | {name: value}
+    call.arguments[name] = value
+    return call.args, call.kwargs
