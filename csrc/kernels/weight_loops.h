@@ -4,7 +4,7 @@
 // A range of values: v ~ low + step * code, code in 0..255.
 void code_values(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t* codes, float* range) {
     const uint8_t* from = (const uint8_t*)rows;
-    const size_t wide = size_t(padded16(dim));
+    const size_t wide = size_t((dim + 15) / 16 * 16);
     f32x16 widest = {};
     for (int at = 0; at < dim; at += 16) {
         const bool part = dim - at < 16;
@@ -162,7 +162,7 @@ inline void multiply_strip(const uint8_t* codes, const float* ranges, size_t wid
 template <int Queries>
 inline void multiply_rows(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
                           const float* units, const uint32_t* digit_sums, float* accumulators, size_t stride) {
-    const int wide = padded16(dim);
+    const int wide = (dim + 15) / 16 * 16;
     int at = 0;
     for (; at + 16 * kDenseWide <= wide; at += 16 * kDenseWide)
         multiply_strip<Queries, kDenseWide>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums,
