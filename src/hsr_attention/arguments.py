@@ -230,11 +230,15 @@ def threshold_setting(value: Any) -> None:
         )
     if callable(value):
         return
-    values = np.asarray(value.detach() if is_torch(value) else value)
+    if np.isnan(_real_thresholds(value)).any():
+        raise ValueError("threshold must not be NaN")
+
+
+def _real_thresholds(array: Any) -> NDArray[Any]:
+    values = np.asarray(array.detach() if is_torch(array) else array)
     if values.dtype.kind not in "fiu":
         raise TypeError(f"threshold must be real numbers, got {values.dtype}")
-    if np.isnan(values).any():
-        raise ValueError("threshold must not be NaN")
+    return values
 
 
 def attention_thresholds(array: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -243,9 +247,7 @@ def attention_thresholds(array: Any, shape: tuple[int, ...]) -> NDArray[np.float
     A scalar, one for each head ``[heads]``, or one for each query: anything that broadcasts to
     ``[batch, heads, m]``.
     """
-    values = np.asarray(array.detach() if is_torch(array) else array)
-    if values.dtype.kind not in "fiu":
-        raise TypeError(f"threshold must be real numbers, got {values.dtype}")
+    values = _real_thresholds(array)
     given = values.shape
     if given == (shape[1],) and shape[1] != 1:
         values = values[:, None]

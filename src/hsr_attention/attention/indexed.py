@@ -65,9 +65,7 @@ class Head:
                     f"{self.keys.shape[0]} keys"
                 )
             keys = gather("k", self.keys, ids)
-            scores = keys @ self.queries[row].astype(np.float64)
-            reach = np.abs(keys) @ np.abs(self.queries[row].astype(np.float64))
-            different = np.abs(scores - found) > 2.0**-20 * reach + 1e-37
+            scores, different = _compare(keys, self.queries[row], found)
             if different.any() and np.isfinite(found[different]).any():
                 raise ValueError(
                     f"index must hold the keys of k, got another score for key {ids[different][0]}"
@@ -151,6 +149,15 @@ def attend_over(
     return answer, Certificate(**bounds, work=work)
 
 
+def _compare(
+    keys: Floats, query: NDArray[np.float32], found: NDArray[Any]
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return the scores of keys in float64, and where an index found others."""
+    wide = query.astype(np.float64)
+    scores, reach = keys @ wide, np.abs(keys) @ np.abs(wide)
+    return scores, np.abs(scores - found) > 2.0**-20 * reach + 1e-37
+
+
 def _same_keys(head: Head) -> None:
     """Refuse an index over other keys: a bound of the error needs what was *not* reported as well.
 
@@ -163,8 +170,7 @@ def _same_keys(head: Head) -> None:
     if not np.array_equal(report.indices, np.arange(n)):
         raise ValueError(f"index must hold the {n} keys of k by position, got other ids")
     keys = head.keys.to_float32().astype(np.float64)
-    scores, reach = keys @ direction.astype(np.float64), np.abs(keys) @ np.abs(direction)
-    different = np.abs(scores - report.scores) > 2.0**-20 * reach + 1e-37
+    _, different = _compare(keys, direction, report.scores)
     if different.any():
         raise ValueError(
             f"index must hold the keys of k, got another score for key {np.argmax(different)}"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from hsr_attention import _native
 
 
 def processor() -> str:
@@ -19,6 +23,22 @@ def _entry(file: str, word: str) -> str | None:
         return None
     values = [line.partition(":")[2].strip() for line in lines if line.startswith(word)]
     return values[0] if values else None
+
+
+@contextmanager
+def native_threads(threads: int) -> Iterator[None]:
+    """Run the native code on so many threads inside, and on as many as before afterwards."""
+    before = _native.num_threads()
+    _native.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        _native.set_num_threads(before)
+
+
+def native_machine(threads: int) -> dict[str, Any]:
+    """Return what times of the native code alone depend on; it needs no torch."""
+    return {"processor": processor(), "isa": _native.isa_in_use(), "threads": threads}
 
 
 def machine() -> dict[str, Any]:

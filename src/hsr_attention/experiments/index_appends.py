@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hsr_attention import _native
-from hsr_attention.evaluation.environment import processor
+from hsr_attention.evaluation.environment import native_machine, native_threads
 from hsr_attention.experiments.index_scaling import KINDS, make_data, thread_clock
 
 
@@ -47,9 +46,7 @@ def measure(
     on_row: Callable[[str], None] = lambda what: None,
 ) -> list[Row]:
     """Append n keys to each kind that serves d, delete three quarters, and check what is left."""
-    before = _native.num_threads()
-    _native.set_num_threads(threads)
-    try:
+    with native_threads(threads):
         rows = []
         for d in dims:
             for name in data:
@@ -63,8 +60,6 @@ def measure(
                         on_row(f"d = {d}, {name}, {kind}, blocks of {block}")
                         rows.append(_measure_one(kind, name, keys, q, gone, block))
         return rows
-    finally:
-        _native.set_num_threads(before)
 
 
 def _measure_one(kind: str, data: str, keys: Any, q: Any, gone: Any, block: int) -> Row:
@@ -94,7 +89,6 @@ def run(**options: Any) -> dict[str, Any]:
     """Measure; everything as plain values, with the machine."""
     rows = measure(**options)
     return {
-        "machine": {"processor": processor(), "isa": _native.isa_in_use(),
-                    "threads": options.get("threads", 1)},
+        "machine": native_machine(options.get("threads", 1)),
         "rows": [asdict(row) for row in rows],
     }  # fmt: skip

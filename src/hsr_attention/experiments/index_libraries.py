@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hsr_attention import _native
-from hsr_attention.evaluation.environment import processor
+from hsr_attention.evaluation.environment import native_machine, native_threads
 from hsr_attention.experiments.index_scaling import make_data, thread_clock
 from hsr_attention.indexes.flat import FlatIndex
 from hsr_attention.indexes.partition_tree import PartitionTreeIndex
@@ -98,17 +97,13 @@ def measure(
 ) -> list[Row]:
     """Build and ask every index ``repeats`` times, in turn; needs scikit-learn and scipy."""
     libraries = _libraries()
-    before = _native.num_threads()
-    _native.set_num_threads(threads)
-    try:
+    with native_threads(threads):
         rows = []
         for name in data:
             keys, q = make_data(name, n, d, queries, np.random.default_rng(seed))
             kinds = {kind: OURS[kind] for kind in OURS if d in OURS[kind].dimensions}  # type: ignore[attr-defined]
             rows += _measure_one(name, keys, q, min(k, n - 1), kinds, libraries, repeats, on_row)
         return rows
-    finally:
-        _native.set_num_threads(before)
 
 
 def _measure_one(
@@ -186,8 +181,7 @@ def run(**options: Any) -> dict[str, Any]:
     """Measure; everything as plain values, with the machine."""
     rows = measure(**options)
     return {
-        "machine": {"processor": processor(), "isa": _native.isa_in_use(),
-                    "threads": options.get("threads", 1)},
+        "machine": native_machine(options.get("threads", 1)),
         "rows": [asdict(row) for row in rows],
         "ratios": ratios(rows),
     }  # fmt: skip

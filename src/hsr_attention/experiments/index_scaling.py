@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsr_attention import _native
-from hsr_attention.evaluation.environment import processor
+from hsr_attention.evaluation.environment import native_machine, native_threads
 from hsr_attention.experiments import growth
 from hsr_attention.indexes.convex_layers import ConvexLayersIndex
 from hsr_attention.indexes.flat import FlatIndex
@@ -120,9 +120,7 @@ def measure(
 
     ``output="fixed"``: queries report 100 keys (d <= 3) or 1,000; ``"power"``: n^(4/5).
     """
-    before = _native.num_threads()
-    _native.set_num_threads(threads)
-    try:
+    with native_threads(threads):
         return [
             row
             for d in dims
@@ -130,8 +128,6 @@ def measure(
             for n in sizes
             for row in _measure_one(kinds, name, d, n, output, queries, seed)
         ]
-    finally:
-        _native.set_num_threads(before)
 
 
 def _measure_one(
@@ -237,8 +233,7 @@ def run(**options: Any) -> dict[str, Any]:
     """Measure, fit and find crossovers; everything as plain values, with the machine."""
     rows = measure(**options)
     return {
-        "machine": {"processor": processor(), "isa": _native.isa_in_use(),
-                    "threads": options.get("threads", 1)},
+        "machine": native_machine(options.get("threads", 1)),
         "rows": [{**asdict(row), "speedup": row.speedup} for row in rows],
         "exponents": [asdict(fit) for fit in exponents(rows)],
         "crossovers": crossovers(rows),

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hsr_attention import _native
-from hsr_attention.evaluation.environment import processor
+from hsr_attention.evaluation.environment import native_machine, native_threads
 from hsr_attention.experiments.index_scaling import DATA, KINDS, make_data, thread_clock
 from hsr_attention.indexes.flat import FlatIndex
 
@@ -56,9 +55,7 @@ def measure(
     on_row: Callable[[str], None] = lambda what: None,
 ) -> list[Row]:
     """Measure each kind that serves d on each data set, for each size of report."""
-    before = _native.num_threads()
-    _native.set_num_threads(threads)
-    try:
+    with native_threads(threads):
         rows = []
         for d in dims:
             for name in data:
@@ -75,8 +72,6 @@ def measure(
                         times = _times({"index": index, "scan": flat}, q, limits, repeats)
                         rows.append(Row(kind, name, d, n, k, times["index"], times["scan"]))
         return rows
-    finally:
-        _native.set_num_threads(before)
 
 
 def _times(structures: dict[str, Any], q: Any, limits: Any, repeats: int) -> dict[str, float]:
@@ -98,8 +93,7 @@ def run(**options: Any) -> dict[str, Any]:
     """Measure; everything as plain values, with the worst row, the median and the machine."""
     rows = [{**asdict(row), "slowdown": row.slowdown} for row in measure(**options)]
     return {
-        "machine": {"processor": processor(), "isa": _native.isa_in_use(),
-                    "threads": options.get("threads", 1)},
+        "machine": native_machine(options.get("threads", 1)),
         "rows": rows,
         "worst": max(rows, key=lambda row: row["slowdown"], default=None),
         "median_slowdown": statistics.median([r["slowdown"] for r in rows]) if rows else None,

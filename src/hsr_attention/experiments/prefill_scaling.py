@@ -21,7 +21,7 @@ from hsr_attention import _native
 from hsr_attention.attention.relu import relu_attention
 from hsr_attention.evaluation import output_error, prefill_speed
 from hsr_attention.evaluation.decode_speed import Heads
-from hsr_attention.evaluation.environment import processor
+from hsr_attention.evaluation.environment import native_machine
 from hsr_attention.experiments import growth
 from hsr_attention.indexes.choose import LARGEST_TREE_DIM, choose
 from hsr_attention.policies import ReLUPolicy
@@ -177,8 +177,7 @@ def run(**options: Any) -> dict[str, Any]:
     """Measure and fit; everything as plain values, with the machine."""
     rows = measure(**options)
     return {
-        "machine": {"processor": processor(), "isa": _native.isa_in_use(),
-                    "threads": options.get("threads", 1)},
+        "machine": native_machine(options.get("threads", 1)),
         "rows": [{**asdict(row), "speedup": row.speedup} for row in rows],
         "exponents": [asdict(fit) for fit in exponents(rows)],
     }  # fmt: skip
