@@ -1,3 +1,7 @@
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -12,12 +16,30 @@ const Kernels& table();
 namespace avx2 {
 const Kernels& table();
 }
+#if defined(HSR_AVXVNNI)
+namespace avxvnni {
+const Kernels& table();
+}
+#endif
 namespace avx512 {
 const Kernels& table();
 }
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+#endif
+#if defined(HSR_AVXVNNI)
+// The vector neural network instructions in 256 bits: leaf 7, subleaf 1, EAX bit 4.
+bool has_avxvnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
 
 struct Level {
     const char* name;
@@ -29,10 +51,10 @@ struct Level {
 const Level kLevels[] = {
     {"scalar", scalar::table, [] { return true; }},
 #if defined(__x86_64__)
-    {"avx2", avx2::table,
-     [] {
-         return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"));
-     }},
+    {"avx2", avx2::table, has_avx2},
+#if defined(HSR_AVXVNNI)
+    {"avxvnni", avxvnni::table, has_avxvnni},
+#endif
     {"avx512", avx512::table,
      [] {
          return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

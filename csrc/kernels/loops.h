@@ -5,13 +5,20 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "kernels/kernels.h"
 
 namespace hsr {
 namespace {
 
+// in this order
+#include "kernels/lanes.h"
+
 #include "kernels/simd.h"
+
+#include "kernels/dots.h"
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -3.0e38f;  // estimates at or below are keys that may not be seen
@@ -47,7 +54,11 @@ void rotate(const float* matrix, int dim, const float* x, size_t count, float* y
 
 // ------------------------------------------------------------------ coding
 
-inline double sum_of(f64x8 s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])); }
+inline double sum_of(f64x8 s) {
+    double lanes[8];
+    store(lanes, s);
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
 
 // The digits of one rotated query; both lists and y are padded with zeros to a multiple of 16.
 void split_query(const float* y, int dim, int8_t* high, int8_t* low, QueryDigits* found) {
@@ -57,44 +68,44 @@ void split_query(const float* y, int dim, int8_t* high, int8_t* low, QueryDigits
     const double most = max_of_lanes(top), step = most > 0 ? most / 127.0 : 1.0, inverse = 1.0 / step;
     const auto nearest = [](f64x8 x) {  // |x| <= 127.5
         const f64x8 zero = {}, half = zero + 0.5;
-        i32x8 digit = __builtin_convertvector(x + (x < zero ? -half : half), i32x8);
-        digit = digit > 127 ? i32x8{} + 127 : digit;
-        return digit < -127 ? i32x8{} - 127 : digit;
+        const i32x8 digit = convert<i32x8>(x + select(x < zero, -half, half));
+        return max_of(min_of(digit, splat_to<i32x8>(127)), splat_to<i32x8>(-127));
     };
     f64x8 rest4 = {}, rest8 = {};
     i32x8 high_sum = {}, low_sum = {};
     for (int at = 0; at < wide; at += 8) {
-        const f64x8 x = __builtin_convertvector(load<f32x8>(y + at), f64x8) * inverse;
+        const f64x8 x = convert<f64x8>(load<f32x8>(y + at)) * inverse;
         const i32x8 first = nearest(x);
-        const f64x8 after_high = x - __builtin_convertvector(first, f64x8);
+        const f64x8 after_high = x - convert<f64x8>(first);
         const i32x8 second = nearest(after_high * 254.0);
-        const f64x8 after_low = after_high - __builtin_convertvector(second, f64x8) * (1.0 / 254.0);
+        const f64x8 after_low = after_high - convert<f64x8>(second) * (1.0 / 254.0);
         rest4 += after_high * after_high;
         rest8 += after_low * after_low;
         high_sum += first;
         low_sum += second;
-        store(high + at, __builtin_convertvector(first, i8x8));
-        store(low + at, __builtin_convertvector(second, i8x8));
+        store(high + at, convert<i8x8>(first));
+        store(low + at, convert<i8x8>(second));
     }
     found->step = step;
     found->rest4 = __builtin_sqrt(sum_of(rest4));
     found->rest8 = __builtin_sqrt(sum_of(rest8));
     found->high_sum = found->low_sum = 0;
+    int32_t lanes[16];
+    store(lanes, high_sum);
+    store(lanes + 8, low_sum);
     for (int i = 0; i < 8; ++i) {
-        found->high_sum += high_sum[i];
-        found->low_sum += low_sum[i];
+        found->high_sum += lanes[i];
+        found->low_sum += lanes[8 + i];
     }
 }
 
 inline void add_squares(f64x8& sum, f32x16 r) {
-    f32x8 halves[2];
-    __builtin_memcpy(halves, &r, 64);
-    const f64x8 a = __builtin_convertvector(halves[0], f64x8), b = __builtin_convertvector(halves[1], f64x8);
+    const f64x8 a = convert<f64x8>(lower(r)), b = convert<f64x8>(upper(r));
     sum += a * a + b * b;
 }
 
 inline i32x16 lanes_below(int count) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const i32x16 lane = lane_numbers();
     return lane < splat(count);
 }
 
@@ -121,15 +132,13 @@ void code_keys(int dim, const float* y, const double* norms, double relative_sla
             alignas(64) uint8_t codes[kMaxHeadDim];
             for (int at = 0; at < wide; at += 16) {
                 const f32x16 v = load<f32x16>(y + at);
-                i32x16 code = __builtin_convertvector(v * inverse + 128.0f, i32x16);
-                code = code < 0 ? i32x16{} : code;
-                code = code > 255 ? splat(255) : code;
+                const i32x16 code = max_of(min_of(convert<i32x16>(v * inverse + 128.0f), splat(255)), splat(0));
                 const i32x16 h = code >> 4, inside = lanes_below(dim - at);
                 const f32x16 r8 = v - step * (to_float16lanes(code) - 127.5f);
                 const f32x16 r4 = v - step * (16.0f * (to_float16lanes(h) - 7.5f));
-                add_squares(sum8, inside ? r8 : f32x16{});
-                add_squares(sum4, inside ? r4 : f32x16{});
-                store(codes + at, __builtin_convertvector(code, u8x16));
+                add_squares(sum8, select(inside, r8, f32x16{}));
+                add_squares(sum4, select(inside, r4, f32x16{}));
+                store(codes + at, unsigned_bytes(code));
             }
             // Four dimensions at once: the low nibbles of a plane's word, then the high ones.
             for (int p = 0; p < eight / 8; ++p) {
@@ -176,11 +185,10 @@ void code_value(int dim, const float* value, uint8_t* row, uint8_t* parameters) 
         const float step = bfloat16_value(step_bits), inverse = tiny ? 0.0f : 1.0f / step;
         i32x16 code[2];
         for (int h = 0; h < 2; ++h) {
-            code[h] = __builtin_convertvector((x[h] - offset) * inverse + 0.5f, i32x16);
-            code[h] = code[h] < 0 ? i32x16{} : code[h] > 15 ? splat(15) : code[h];
-            if (size < kValueGroup) code[h] = lanes_below(size - 16 * h) ? code[h] : i32x16{};
+            code[h] = max_of(min_of(convert<i32x16>((x[h] - offset) * inverse + 0.5f), splat(15)), splat(0));
+            if (size < kValueGroup) code[h] = select(lanes_below(size - 16 * h), code[h], i32x16{});
         }
-        store(row, __builtin_convertvector(code[0] | (code[1] << 4), u8x16));
+        store(row, unsigned_bytes(code[0] | (code[1] << 4)));
         __builtin_memcpy(parameters, &step_bits, 2);
         __builtin_memcpy(parameters + 32, &offset_bits, 2);
     }
@@ -188,60 +196,58 @@ void code_value(int dim, const float* value, uint8_t* row, uint8_t* parameters) 
 
 // ------------------------------------------------------------------ the scan of the first plane
 
-inline int32_t four_digits(const int8_t* digits) {
-    int32_t word;
-    __builtin_memcpy(&word, digits, 4);
-    return word;
-}
-
 // Measured at d = 64, one thread, codes in memory: 25 GB/s at 4.5 KiB, 28 at 9, 32 at 18, 35 from the second cache.
 constexpr size_t kBytesAhead = 16384;
 
-// Estimates of `Blocks` neighbouring blocks of one tile; raises top[q]. Two blocks share each load of the query's
-// digits, which would else be what limits the loop.
+// Blocks scored together share each load of the queries' digits, which would else be what limits the loop.
+constexpr int kScanBlocks = kParts == 1 ? 2 : 1;
+
+// Estimates of `Blocks` neighbouring blocks of one tile; raises top[q].
 template <int Count, int Blocks>
 inline void score_together(const uint8_t* high, int dim, const CodedQuery* queries, float* estimates, size_t stride,
-                           f32x16* top) {
+                           Floats* top) {
     const int pairs = (dim + 7) / 8;
     const size_t bytes = size_t(pairs) * 64;
-    i32x16 even[Blocks][Count] = {}, odd[Blocks][Count] = {};
-    for (int p = 0; p < pairs; ++p) {
-        u8x64 a[Blocks], b[Blocks];
+    for (int part = 0; part < kParts; ++part) {
+        PlaneSum sum[Blocks][Count];
+        in_turns(
+            pairs, PlaneSum::kMost,
+            [&](int p) {
+                for (int k = 0; k < Blocks; ++k) {
+                    const uint8_t* line = high + k * (bytes + 64) + p * 64;
+                    if (part == 0) __builtin_prefetch(line + kBytesAhead);
+                    const PlaneCodes codes(load<Bytes>(line + part * kRegisterBytes));
+                    for (int q = 0; q < Count; ++q)
+                        sum[k][q].add(codes, four_digits(queries[q].high + 8 * p),
+                                      four_digits(queries[q].high + 8 * p + 4));
+                }
+            },
+            [&] {
+                for (auto& of_block : sum)
+                    for (PlaneSum& one : of_block) one.settle();
+            });
         for (int k = 0; k < Blocks; ++k) {
-            const uint8_t* line = high + k * (bytes + 64) + p * 64;
-            __builtin_prefetch(line + kBytesAhead);
-            const u8x64 codes = load<u8x64>(line);
-            a[k] = low_nibbles(codes), b[k] = high_nibbles_scaled(codes);
-        }
-        for (int q = 0; q < Count; ++q) {
-            const int32_t first = four_digits(queries[q].high + 8 * p),
-                          second = four_digits(queries[q].high + 8 * p + 4);
-            for (int k = 0; k < Blocks; ++k) {
-                even[k][q] = dot4(even[k][q], a[k], first);
-                odd[k][q] = dot4(odd[k][q], b[k], second);
+            const uint8_t* steps = high + k * (bytes + 64) + bytes;
+            if (part == 0) __builtin_prefetch(steps + kBytesAhead);
+            const Floats step = part_of_bfloat16(steps, part);
+            for (int q = 0; q < Count; ++q) {
+                const CodedQuery& query = queries[q];
+                const Floats dot = to_floats(sum[k][q].total()) - 7.5f * query.high_sum;
+                const Floats estimate = step * (16.0f * query.unit * dot) + query.centre;
+                top[q] = max_of(top[q], estimate);
+                store(estimates + q * stride + k * 16 + part * kPartLanes, estimate);
             }
-        }
-    }
-    for (int k = 0; k < Blocks; ++k) {
-        __builtin_prefetch(high + k * (bytes + 64) + bytes + kBytesAhead);
-        const f32x16 step = from_bfloat16(load<u16x16>(high + k * (bytes + 64) + bytes));
-        for (int q = 0; q < Count; ++q) {
-            const CodedQuery& query = queries[q];
-            const f32x16 dot = to_float16lanes(even[k][q] + (odd[k][q] >> kHighShift)) - 7.5f * query.high_sum;
-            const f32x16 estimate = step * (16.0f * query.unit * dot) + query.centre;
-            top[q] = max_of(top[q], estimate);
-            store(estimates + q * stride + k * 16, estimate);
         }
     }
 }
 
 template <int Count>
 inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* estimates,
-                         size_t stride, f32x16* top) {
+                         size_t stride, Floats* top) {
     const size_t bytes = size_t(dim + 7) / 8 * 64 + 64;
     size_t block = 0;
-    for (; block + 2 <= blocks; block += 2)
-        score_together<Count, 2>(high + block * bytes, dim, queries, estimates + block * 16, stride, top);
+    for (; block + kScanBlocks <= blocks; block += kScanBlocks)
+        score_together<Count, kScanBlocks>(high + block * bytes, dim, queries, estimates + block * 16, stride, top);
     if (block < blocks)
         score_together<Count, 1>(high + block * bytes, dim, queries, estimates + block * 16, stride, top);
 }
@@ -249,8 +255,8 @@ inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const Code
 template <int Count>
 inline void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* estimates,
                       size_t stride, float* maxima) {
-    f32x16 top[Count];
-    for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
+    Floats top[Count];
+    for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(maxima[q]);
     score_blocks<Count>(high, dim, blocks, queries, estimates, stride, top);
     for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
 }
@@ -281,8 +287,8 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
         const uint8_t* codes = high + first * (bytes + 64);
         float* here = uppers ? uppers + first * 16 : scratch;
-        f32x16 top[Count];
-        for (int q = 0; q < Count; ++q) top[q] = splat(-kInfinity);
+        Floats top[Count];
+        for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(-kInfinity);
         score_blocks<Count>(codes, dim, count, queries, here, stride, top);
         for (int q = 0; q < Count; ++q) {
             const float highest = max_of_lanes(top[q]);
@@ -335,7 +341,7 @@ inline void scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const C
     constexpr size_t kGroup = 8;
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     alignas(64) float scratch[Count * kGroup * 16];
-    f32x16 top[Count] = {};
+    Floats top[Count] = {};
     for (size_t first = 0; first < blocks; first += kGroup) {
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
         const uint8_t* codes = high + first * (bytes + 64);
@@ -405,7 +411,7 @@ double sum_below(const float* x, size_t count, float limit) {
     size_t i = 0;
     for (; i + 16 <= count; i += 16) {
         const f32x16 here = load<f32x16>(x + i);
-        sum += here < splat(limit) ? here : f32x16{};
+        sum += select(here < splat(limit), here, f32x16{});
     }
     double total = sum_of(sum);
     for (; i < count; ++i) total += x[i] < limit ? x[i] : 0.0f;
@@ -417,7 +423,7 @@ double mass_left(const float* estimates, const float* weights, const float* bloc
     f32x16 sum = {};
     for (size_t i = 0; i < blocks; ++i) {
         if (block_masses[i] < mass_from) continue;
-        sum += load<f32x16>(estimates + 16 * i) < splat(threshold) ? load<f32x16>(weights + 16 * i) : f32x16{};
+        sum += select(load<f32x16>(estimates + 16 * i) < splat(threshold), load<f32x16>(weights + 16 * i), f32x16{});
     }
     return sum_of(sum);
 }
@@ -427,8 +433,8 @@ double mass_below(const float* estimates, const float* uppers, const float* weig
     f32x16 sum = {};
     const f32x16 limit = splat(threshold), zero = {};
     for (size_t i = 0; i + 16 <= count; i += 16) {
-        const f32x16 inner = load<f32x16>(estimates + i) < limit ? load<f32x16>(weights + i) : zero;
-        sum += load<f32x16>(uppers + i) < limit ? load<f32x16>(upper_weights + i) : inner;
+        const f32x16 inner = select(load<f32x16>(estimates + i) < limit, load<f32x16>(weights + i), zero);
+        sum += select(load<f32x16>(uppers + i) < limit, load<f32x16>(upper_weights + i), inner);
     }
     return sum_of(sum);
 }
@@ -444,254 +450,12 @@ void bounds(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, con
         const f32x16 band = slope * residual + slope_step * step + query->slack;
         // A key that is not coded (band infinite) may score anything, in either direction.
         const f32x16 from = load<f32x16>(estimates + block * 16);
-        const f32x16 bound = band < splat(kInfinity) ? from + sign * band : splat(sign * kInfinity);
-        store(out + block * 16, from > kLowest ? bound : from);
+        const f32x16 bound = select(band < splat(kInfinity), from + sign * band, splat(sign * kInfinity));
+        store(out + block * 16, select(from > kLowest, bound, from));
     }
 }
 
-// ------------------------------------------------------------------ both planes
-
-template <int Count>
-inline void refine_block(const uint8_t* high, const uint8_t* low, int dim, const CodedQuery* const* queries,
-                         f32x16* refined) {
-    const int pairs = (dim + 7) / 8;
-    i32x16 first[Count] = {}, second[Count] = {};
-    for (int p = 0; p < pairs; ++p) {
-        const u8x64 h = load<u8x64>(high + p * 64), l = load<u8x64>(low + p * 64);
-        const u8x64 even = join_low_nibbles(h, l), odd = join_high_nibbles(h, l);
-        for (int q = 0; q < Count; ++q) {
-            first[q] = dot4_byte(first[q], even, four_digits(queries[q]->high + 8 * p));
-            second[q] = dot4_byte(second[q], even, four_digits(queries[q]->low + 8 * p));
-            first[q] = dot4_byte(first[q], odd, four_digits(queries[q]->high + 8 * p + 4));
-            second[q] = dot4_byte(second[q], odd, four_digits(queries[q]->low + 8 * p + 4));
-        }
-    }
-    const f32x16 step = from_bfloat16(load<u16x16>(high + size_t(pairs) * 64));
-    for (int q = 0; q < Count; ++q) {
-        const CodedQuery& query = *queries[q];
-        const f32x16 coarse = to_float16lanes(first[q]) - 127.5f * query.high_sum;
-        const f32x16 fine = to_float16lanes(second[q]) - 127.5f * query.low_sum;
-        refined[q] = step * (query.unit * (coarse + fine * (1.0f / 254.0f))) + query.centre;
-    }
-}
-
-template <int Count>
-inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
-                        float* estimates, size_t stride, float* maxima) {
-    const size_t bytes = size_t(dim + 7) / 8 * 64;
-    f32x16 top[Count], refined[Count];
-    const CodedQuery* every[Count];
-    for (int q = 0; q < Count; ++q) {
-        top[q] = splat(maxima[q]);
-        every[q] = queries + q;
-    }
-    for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
-        refine_block<Count>(high, low, dim, every, refined);
-        for (int q = 0; q < Count; ++q) {
-            top[q] = max_of(top[q], refined[q]);
-            store(estimates + q * stride + block * 16, refined[q]);
-        }
-    }
-    for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
-}
-
-void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries, int count,
-            float* estimates, size_t stride, float* maxima) {
-    switch (count) {
-        case 1: return refine_tile<1>(high, low, dim, blocks, queries, estimates, stride, maxima);
-        case 2: return refine_tile<2>(high, low, dim, blocks, queries, estimates, stride, maxima);
-        case 3: return refine_tile<3>(high, low, dim, blocks, queries, estimates, stride, maxima);
-        default: return refine_tile<4>(high, low, dim, blocks, queries, estimates, stride, maxima);
-    }
-}
-
-// ------------------------------------------------------------------ selection
-
-template <int Count, Sums Wanted>
-inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
-                        int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
-                        const Selection* selection, const float* uppers, size_t stride, const float* block_masses,
-                        size_t mass_stride, const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
-    constexpr int kMaxGroups = kMaxHeadDim / kValueGroup, kAhead = 5;
-    const size_t bytes = size_t(dim + 7) / 8 * 64;
-    const int groups = (value_dim + kValueGroup - 1) / kValueGroup;
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    size_t count = 0, exact_count[Count] = {};
-    int64_t kept_total[Count] = {};
-    f32x16 omitted[Count] = {}, left_out[Count] = {}, sketched[Count] = {}, weight_band[Count] = {},
-           weight_var[Count] = {};
-    f32x16 offsets[Count][kMaxGroups];
-    for (int q = 0; q < Count; ++q)
-        for (int g = 0; g < groups; ++g) offsets[q][g] = f32x16{};
-    // First, without branches: which keys are in doubt, and the mass of the others.
-    uint16_t doubts[kSelectBlocks][Count], flagged[kSelectBlocks + kAhead];
-    size_t flagged_count = 0;
-    if (block_masses) {
-        uint64_t all = 0, heavy[Count] = {};
-        for (int q = 0; q < Count; ++q) {
-            for (size_t at = 0; at < blocks; at += 16) {
-                const size_t left = blocks - at;
-                const uint32_t valid = left < 16 ? (1u << left) - 1 : 0xffffu;
-                const f32x16 mass = load<f32x16>(block_masses + q * mass_stride + at);
-                const uint32_t reach = mask_not_less(mass, splat(selection[q].mass_from)) & valid;
-                omitted[q] += keep_lanes(valid & ~reach, mass);
-                heavy[q] |= uint64_t(reach) << at;
-            }
-            all |= heavy[q];
-        }
-        for (; all; all &= all - 1) {
-            const int block = __builtin_ctzll(all);
-            for (int q = 0; q < Count; ++q) {
-                const bool reach = heavy[q] >> block & 1;
-                doubts[block][q] = reach ? 0xffff : 0;
-            }
-            flagged[flagged_count++] = uint16_t(block);
-        }
-    } else if (reaching) {
-        for (size_t block = 0; block < blocks; ++block, reaching += kTile) {
-            uint32_t any = 0;
-            for (int q = 0; q < Count; ++q) any |= doubts[block][q] = reaching[q];
-            flagged[flagged_count] = uint16_t(block);
-            flagged_count += any != 0;
-        }
-    } else {
-        f32x16 threshold[Count];  // hidden keys lie below kLowest and are never in doubt
-        for (int q = 0; q < Count; ++q) threshold[q] = max_of(splat(selection[q].threshold), splat(kLowest));
-        for (size_t block = 0; block < blocks; ++block) {
-            uint32_t any = 0;
-            for (int q = 0; q < Count; ++q) {
-                const f32x16 upper = load<f32x16>(uppers + q * stride + block * 16);
-                const uint32_t doubt = mask_ge(upper, threshold[q]);
-                doubts[block][q] = uint16_t(doubt);
-                any |= doubt;
-                if (Wanted != Sums::none)
-                    omitted[q] += keep_lanes(~doubt & 0xffffu, exp_above(upper, selection[q].reference));
-            }
-            flagged[flagged_count] = uint16_t(block);
-            flagged_count += any != 0;
-        }
-    }
-    for (int i = 0; i < kAhead; ++i) flagged[flagged_count + i] = uint16_t(blocks - 1);
-    for (size_t f = 0; f < flagged_count; ++f) {
-        const size_t block = flagged[f];
-        const uint8_t *h = high + block * (bytes + 64), *l = low + block * (bytes + 32);
-        // The codes of flagged blocks lie scattered: ask for them in time.
-        for (size_t line = 0; line < bytes + 64; line += 64) {
-            __builtin_prefetch(high + flagged[f + kAhead] * (bytes + 64) + line);
-            __builtin_prefetch(low + flagged[f + kAhead] * (bytes + 32) + line);
-        }
-        if (value_parameters)
-            for (int g = 0; g < groups; ++g)
-                __builtin_prefetch(value_parameters + (flagged[f + kAhead] * size_t(groups) + size_t(g)) * 64);
-        const f32x16 step = from_bfloat16(load<u16x16>(h + bytes));
-        // Only the queries that are in doubt here.
-        int active[Count], active_count = 0;
-        const CodedQuery* asking[Count];
-        f32x16 refined[Count], weight[Count];
-        for (int q = 0; q < Count; ++q) {
-            weight[q] = f32x16{};
-            active[active_count] = q;
-            asking[active_count] = queries + q;
-            active_count += doubts[block][q] != 0;
-        }
-        switch (active_count) {
-            case 1: refine_block<1>(h, l, dim, asking, refined); break;
-            case 2: refine_block<(Count < 2 ? Count : 2)>(h, l, dim, asking, refined); break;
-            case 3: refine_block<(Count < 3 ? Count : 3)>(h, l, dim, asking, refined); break;
-            default: refine_block<Count>(h, l, dim, asking, refined);
-        }
-        const f32x16 residual8 = from_bfloat16(load<u16x16>(l + bytes));
-        const uint32_t uncoded = mask_ge(residual8, splat(kInfinity));
-        const i32x16 key = lane + int32_t(first_key + block * 16);
-        uint32_t coded_any = 0;
-        for (int i = 0; i < active_count; ++i) {
-            const int q = active[i];
-            const CodedQuery& query = queries[q];
-            const f32x16 estimate = refined[i];
-            const uint32_t seen = doubts[block][q];
-            const f32x16 band = query.slope8 * residual8 + query.slope8_step * step + query.slack;
-            const f32x16 decisive = selection[q].keep_upper ? estimate + band : estimate;
-            const uint32_t keep = seen & (mask_ge(decisive, splat(selection[q].threshold)) | uncoded);
-            const uint32_t exact = keep & (mask_ge(decisive, splat(selection[q].exact_from)) | uncoded);
-            const uint32_t left = seen & ~keep, coded = keep & ~exact;
-            if (coded | (Wanted != Sums::none ? left : 0)) {
-                const f32x16 every = exp_of(estimate - selection[q].reference);
-                weight[q] = keep_lanes(coded, every);
-                sketched[q] += weight[q];
-                if (Wanted != Sums::none) {
-                    // exp(band) - 1 <= growth * band, and a band is finite where a key is coded.
-                    const f32x16 error = keep_lanes(coded | left, every * band);
-                    left_out[q] += keep_lanes(left, every + selection[q].growth * error);
-                    const f32x16 own = keep_lanes(coded, error);
-                    weight_band[q] += own;
-                    if (Wanted == Sums::all) weight_var[q] += own * own;
-                }
-                coded_any |= coded;
-            }
-            if (exact) {
-                compress(exact, key, kept->exact[q] + exact_count[q]);
-                exact_count[q] += size_t(__builtin_popcount(exact));
-            }
-            kept_total[q] += __builtin_popcount(keep);
-        }
-        if (!coded_any) continue;
-        compress(coded_any, key, kept->keys + count);
-        const uint8_t* parameters = value_parameters + block * size_t(groups) * 64;
-        for (int g = 0; g < groups; ++g, parameters += 64) {
-            const f32x16 value_step = from_bfloat16(load<u16x16>(parameters)),
-                         value_offset = from_bfloat16(load<u16x16>(parameters + 32));
-            for (int q = 0; q < Count; ++q) {
-                const f32x16 scaled = weight[q] * value_step;
-                offsets[q][g] += weight[q] * value_offset;
-                compress(coded_any, (i32x16)scaled,
-                         (uint32_t*)(kept->scaled + size_t(g * kTile + q) * kept->capacity + count));
-            }
-        }
-        count += size_t(__builtin_popcount(coded_any));
-    }
-    kept->count = count;
-    sums->refined += int64_t(flagged_count);
-    for (int q = 0; q < Count; ++q) {
-        kept->exact_count[q] = exact_count[q];
-        kept->kept[q] = kept_total[q];
-        sums->omitted[q] += sum_of(omitted[q]);
-        sums->left[q] += sum_of(left_out[q]);
-        sums->sketched[q] += sum_of(sketched[q]);
-        sums->weight_band[q] += sum_of(weight_band[q]);
-        sums->weight_var[q] += sum_of(weight_var[q]) / dim;
-        for (int g = 0; g < groups; ++g) {
-            sums->offsets[q * groups + g] += sum_of(offsets[q][g]);
-            if (Wanted != Sums::all) continue;
-            float* scaled = kept->scaled + size_t(g * kTile + q) * kept->capacity;
-            store(scaled + count, f32x16{});  // there is room for 16 more
-            f32x16 steps = {}, squares = {};
-            for (size_t i = 0; i < count; i += 16) {
-                const f32x16 here = load<f32x16>(scaled + i);
-                steps += here;
-                squares += here * here;
-            }
-            sums->steps[q * groups + g] += sum_of(steps);
-            sums->squares[q * groups + g] += sum_of(squares);
-        }
-    }
-}
-
-void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
-            size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
-            Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
-            const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
-#define HSR_SELECT(N, WANTED)                                                                                          \
-    select_tile<N, WANTED>(high, low, value_parameters, dim, value_dim, blocks, first_key, queries, selection, uppers, \
-                           stride, block_masses, mass_stride, reaching, kept, sums)
-#define HSR_CASE(N)                                                   \
-    case N:                                                           \
-        return wanted == Sums::all      ? HSR_SELECT(N, Sums::all)    \
-               : wanted == Sums::masses ? HSR_SELECT(N, Sums::masses) \
-                                        : HSR_SELECT(N, Sums::none);
-    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
-#undef HSR_CASE
-#undef HSR_SELECT
-}
+#include "kernels/select_loops.h"
 
 // ------------------------------------------------------------------ values
 
@@ -744,11 +508,8 @@ float dot(Dtype dtype, const void* row, const float* query, int dim) {
 }
 
 inline void add_products64(f64x8& a, f64x8& b, f32x16 x, f32x16 y) {
-    f32x8 xs[2], ys[2];
-    __builtin_memcpy(xs, &x, 64);
-    __builtin_memcpy(ys, &y, 64);
-    a += __builtin_convertvector(xs[0], f64x8) * __builtin_convertvector(ys[0], f64x8);
-    b += __builtin_convertvector(xs[1], f64x8) * __builtin_convertvector(ys[1], f64x8);
+    a += convert<f64x8>(lower(x)) * convert<f64x8>(lower(y));
+    b += convert<f64x8>(upper(x)) * convert<f64x8>(upper(y));
 }
 
 double dot64(Dtype dtype, const void* row, const float* query, int dim) {
@@ -758,8 +519,7 @@ double dot64(Dtype dtype, const void* row, const float* query, int dim) {
     if (at < dim)
         add_products64(a, b, load_row_part(dtype, row, at, dim - at),
                        load_row_part(Dtype::float32, query, at, dim - at));
-    a += b;
-    return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
+    return sum_of(a + b);
 }
 
 void axpy(Dtype dtype, const void* row, float weight, int dim, float* accumulator) {
@@ -767,7 +527,8 @@ void axpy(Dtype dtype, const void* row, float weight, int dim, float* accumulato
     for (; at + 16 <= dim; at += 16)
         store(accumulator + at, load<f32x16>(accumulator + at) + weight * load_row(dtype, row, at));
     if (at < dim) {
-        const f32x16 part = load_row_part(dtype, row, at, dim - at);
+        float part[16];
+        store(part, load_row_part(dtype, row, at, dim - at));
         for (int i = at; i < dim; ++i) accumulator[i] += weight * part[i - at];
     }
 }

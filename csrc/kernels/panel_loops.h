@@ -1,11 +1,14 @@
 // Kernels of prompts: many queries against a panel of keys. Private to loops.h, in its anonymous namespace.
 // Logits are in units of log 2 here, so that exponentials are powers of two.
 
-// Scores of 64 keys (a word of 4 blocks) are kept in registers for a few queries at once.
+// Registers of a word of 64 keys (4 blocks) whose scores are kept for a few queries at once.
+constexpr int kMicroQueries = 6;
 #if defined(__AVX512VNNI__)
-constexpr int kWordBlocks = 4, kMicroQueries = 6;
+constexpr int kMicroRegisters = 4;
+#elif defined(__AVXVNNI__)
+constexpr int kMicroRegisters = 2;
 #else
-constexpr int kWordBlocks = 1, kMicroQueries = 3;
+constexpr int kMicroRegisters = 1;
 #endif
 
 // Both planes joined, [word of 4 blocks][4 dimensions][block][64 bytes], from block `first` of the panel on; a last
@@ -18,9 +21,11 @@ void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t block
     for (size_t block = first; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
         uint8_t* to = panel->codes + block / 4 * 8 * bytes + block % 4 * 64;
         for (int p = 0; p < pairs; ++p, to += 512) {
-            const u8x64 h = load<u8x64>(high + p * 64), l = load<u8x64>(low + p * 64);
-            store(to, join_low_nibbles(h, l));
-            store(to + 256, join_high_nibbles(h, l));
+            for (int at = 0; at < 64; at += kRegisterBytes) {
+                const Bytes h = load<Bytes>(high + p * 64 + at), l = load<Bytes>(low + p * 64 + at);
+                store(to + at, ByteCodes::of_low(h, l).bytes());
+                store(to + 256 + at, ByteCodes::of_high(h, l).bytes());
+            }
         }
         const f32x16 step = from_bfloat16(load<u16x16>(high + bytes));
         store(panel->steps + block * 16, step);
@@ -45,14 +50,13 @@ void code_query(const float* y, int dim, PanelQuery* query) {
     i32x16 sum = {};
     f32x16 rest = {};
     for (int at = 0; at < wide; at += 16) {
-        const f32x16 x = load<f32x16>(y + at) * inverse, half = x < f32x16{} ? splat(-0.5f) : splat(0.5f);
-        i32x16 digit = __builtin_convertvector(x + half, i32x16);  // at most 127.5: truncated to 127
-        digit = digit > 127 ? splat(127) : digit < -127 ? splat(-127) : digit;
+        const f32x16 x = load<f32x16>(y + at) * inverse, half = select(x < f32x16{}, splat(-0.5f), splat(0.5f));
+        // at most 127.5: truncated to 127
+        const i32x16 digit = max_of(min_of(convert<i32x16>(x + half), splat(127)), splat(-127));
         const f32x16 left = x - to_float16lanes(digit);
         rest += left * left;
         sum += digit;
-        const i8x16 bytes = __builtin_convertvector(digit, i8x16);
-        store(query->digits + at, bytes);
+        store(query->digits + at, signed_bytes(digit));
     }
     int32_t lanes[16], total = 0;
     store(lanes, sum);
@@ -67,26 +71,33 @@ void code_query(const float* y, int dim, PanelQuery* query) {
 template <int Queries>
 inline void score_word(const uint8_t* codes, const float* steps, int quads, const PanelQuery* queries, float* logits,
                        size_t stride) {
-    for (int first = 0; first < 4; first += kWordBlocks) {
-        i32x16 sum[kWordBlocks][Queries];
+    for (int first = 0; first < 4 * kParts; first += kMicroRegisters) {
+        ByteSum sum[kMicroRegisters][Queries];
         // sum of digits * (code - 127.5) = dot - 127.5 digit_sum; half a unit at most is rounded away
         // here, and stands in the band (DESIGN.md, "Prompts").
         for (int q = 0; q < Queries; ++q)
-            for (int b = 0; b < kWordBlocks; ++b) sum[b][q] = splat(queries[q].start);
-        const uint8_t* from = codes + first * 64;
-        for (int p = 0; p < quads; ++p, from += 256) {
-            u8x64 block[kWordBlocks];
-            for (int b = 0; b < kWordBlocks; ++b) block[b] = load<u8x64>(from + b * 64);
-            for (int q = 0; q < Queries; ++q) {
-                const int32_t digits = four_digits(queries[q].digits + 4 * p);
-                for (int b = 0; b < kWordBlocks; ++b) sum[b][q] = dot4_byte(sum[b][q], block[b], digits);
-            }
-        }
-        for (int b = 0; b < kWordBlocks; ++b) {
-            const f32x16 step = load<f32x16>(steps + (first + b) * 16);
+            for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = ByteSum(splat_to<Ints>(queries[q].start));
+        in_turns(
+            quads, ByteSum::kMost,
+            [&](int p) {
+                const uint8_t* from = codes + p * 256 + first * kRegisterBytes;
+                Bytes block[kMicroRegisters];
+                for (int r = 0; r < kMicroRegisters; ++r) block[r] = load<Bytes>(from + r * kRegisterBytes);
+                for (int q = 0; q < Queries; ++q) {
+                    const int32_t digits = four_digits(queries[q].digits + 4 * p);
+                    for (int r = 0; r < kMicroRegisters; ++r) sum[r][q].add(ByteCodes(block[r]), digits);
+                }
+            },
+            [&] {
+                for (auto& of_register : sum)
+                    for (ByteSum& one : of_register) one.settle();
+            });
+        for (int r = 0; r < kMicroRegisters; ++r) {
+            const int at = (first + r) * kPartLanes;
+            const Floats step = load<Floats>(steps + at);
             for (int q = 0; q < Queries; ++q)
-                store(logits + q * stride + (first + b) * 16,
-                      to_float16lanes(sum[b][q]) * step * queries[q].unit + queries[q].centre);
+                store(logits + q * stride + at,
+                      to_floats(sum[r][q].total()) * step * queries[q].unit + queries[q].centre);
         }
     }
 }
@@ -106,11 +117,9 @@ void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuer
                 case 1: score_word<1>(codes, steps, quads, own, to, stride); break;
                 case 2: score_word<2>(codes, steps, quads, own, to, stride); break;
                 case 3: score_word<3>(codes, steps, quads, own, to, stride); break;
-#if defined(__AVX512VNNI__)
                 case 4: score_word<4>(codes, steps, quads, own, to, stride); break;
                 case 5: score_word<5>(codes, steps, quads, own, to, stride); break;
                 default: score_word<6>(codes, steps, quads, own, to, stride); break;
-#endif
             }
         }
     }
@@ -119,8 +128,7 @@ void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuer
 // 2^y from above: the line 1 + f over 2^f on [0, 1), at most 6.2 % too large; 0 below 2^-127. The bits of the float
 // are the number (y + 127) 2^23 itself.
 inline f32x16 power_above(f32x16 y) {
-    const i32x16 bits = __builtin_convertvector(y * 8388608.0f + 127.0f * 8388608.0f, i32x16);
-    return (f32x16)(bits > 0 ? bits : i32x16{});
+    return as<f32x16>(max_of(convert<i32x16>(y * 8388608.0f + 127.0f * 8388608.0f), splat(0)));
 }
 
 // Of logits[count] (a multiple of 64 is read, -inf is nothing): those from the threshold on, in order, with their
@@ -128,7 +136,7 @@ inline f32x16 power_above(f32x16 y) {
 // without a kept one. kept and positions have room for count + 16.
 size_t select_row(const float* logits, size_t count, float threshold, float reference, uint32_t first,
                   uint32_t* positions, float* kept, float* omitted, uint32_t* keys_skipped) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const i32x16 lane = lane_numbers();
     size_t found = 0;
     uint32_t skipped = 0;
     f32x16 sum[2] = {};
@@ -146,7 +154,7 @@ size_t select_row(const float* logits, size_t count, float threshold, float refe
         }
         for (int b = 0; b < 4; ++b) {
             compress(mask[b], lane + int32_t(first + i + 16 * b), positions + found);
-            compress(mask[b], (i32x16)load<f32x16>(logits + i + 16 * b), (uint32_t*)(kept + found));
+            compress(mask[b], load<i32x16>(logits + i + 16 * b), (uint32_t*)(kept + found));
             found += size_t(__builtin_popcount(mask[b]));
         }
     }
@@ -161,7 +169,7 @@ double weigh(const float* logits, size_t count, float reference, float* weights)
     f32x16 sum = {};
     for (size_t i = 0; i < count; i += 16) {
         f32x16 w = exp_of((load<f32x16>(logits + i) - reference) * 0.69314718f);
-        if (count - i < 16) w = lanes_below(int(count - i)) ? w : f32x16{};
+        if (count - i < 16) w = select(lanes_below(int(count - i)), w, f32x16{});
         store(weights + i, w);
         sum += w;
     }
@@ -178,7 +186,7 @@ float mass_curve(const float* logits, size_t count, float* curve) {
     for (size_t i = 0; i < count; i += 16) {
         const f32x16 x = load<f32x16>(logits + i) - top, weight = power_above(x);
         sums[0] += weight;
-        for (int j = 1; j < kCurve; ++j) sums[j] += x < splat(-float(j)) ? weight : f32x16{};
+        for (int j = 1; j < kCurve; ++j) sums[j] += select(x < splat(-float(j)), weight, f32x16{});
     }
     for (int j = 0; j < kCurve; j += 4) sums_of_4(sums + j, curve + j);
     return top;
@@ -188,7 +196,7 @@ float largest_of(const float* x, size_t count) {
     f32x16 top = splat(-kInfinity);
     for (size_t i = 0; i < count; i += 16) {
         const f32x16 v = load<f32x16>(x + i);
-        top = max_of(top, count - i < 16 ? (lanes_below(int(count - i)) ? v : splat(-kInfinity)) : v);
+        top = max_of(top, count - i < 16 ? select(lanes_below(int(count - i)), v, splat(-kInfinity)) : v);
     }
     return max_of_lanes(top);
 }
@@ -196,7 +204,7 @@ float largest_of(const float* x, size_t count) {
 // Where x reaches `from`: the places, and what stands there in `positions`. Both lists have room for count + 16.
 size_t places_from(const float* x, size_t count, float from, const uint32_t* positions, uint32_t* places,
                    uint32_t* chosen) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const i32x16 lane = lane_numbers();
     size_t found = 0;
     for (size_t i = 0; i < count; i += 16) {
         uint32_t mask = mask_ge(load<f32x16>(x + i), splat(from));
@@ -215,7 +223,7 @@ constexpr size_t kSumPiece = 64;  // float32 sums start afresh after so many key
 template <Dtype Type, int Wide, bool Part>
 inline void accumulate_strip(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
                              size_t count, int at, int lanes, float* accumulator) {
-    constexpr int kChains = 4;
+    constexpr int kChains = kParts == 1 ? 4 : 1;  // as many as registers allow
     const auto part = [&](size_t i, int j) {
         const uint8_t* row = rows + keys[i] * stride;
         return weights[i] * (Part ? load_row_part(Type, row, at, lanes) : load_row(Type, row, at + 16 * j));
@@ -231,7 +239,12 @@ inline void accumulate_strip(const uint8_t* rows, size_t stride, const uint32_t*
                 for (int j = 0; j < Wide; ++j) sum[c][j] += part(i + c, j);
         for (; i < end; ++i)
             for (int j = 0; j < Wide; ++j) sum[0][j] += part(i, j);
-        for (int j = 0; j < Wide; ++j) total[j] += (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]);
+        for (int j = 0; j < Wide; ++j) {
+            if constexpr (kChains == 4)
+                total[j] += (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]);
+            else
+                total[j] += sum[0][j];
+        }
     }
     for (int j = 0; j < Wide; ++j) store(accumulator + at + 16 * j, total[j]);
 }
@@ -260,26 +273,22 @@ void accumulate_rows(Dtype dtype, const void* rows, size_t stride, const uint32_
     }
 }
 
-#if defined(__AVX512VNNI__)
-constexpr int kDenseAtOnce = kDenseRows, kDenseWide = 4;
-#else
-constexpr int kDenseAtOnce = kDenseRows / 2, kDenseWide = 1;
-#endif
+constexpr int kDenseWide = kParts == 1 ? 4 : 1;
 
 template <Dtype Type, int Wide, bool Part>
 inline void accumulate_dense_strip(const uint8_t* rows, size_t stride, size_t count, const float* weights, int at,
                                    int lanes, float* accumulators, size_t accumulator_stride) {
     for (size_t first = 0; first < count; first += kSumPiece) {
         const size_t end = first + kSumPiece < count ? first + kSumPiece : count;
-        f32x16 sum[kDenseAtOnce][Wide] = {};
+        f32x16 sum[kDenseRows][Wide] = {};
         for (size_t i = first; i < end; ++i, rows += stride, weights += kDenseStride) {
             f32x16 value[Wide];
             for (int j = 0; j < Wide; ++j)
                 value[j] = Part ? load_row_part(Type, rows, at, lanes) : load_row(Type, rows, at + 16 * j);
-            for (int q = 0; q < kDenseAtOnce; ++q)
+            for (int q = 0; q < kDenseRows; ++q)
                 for (int j = 0; j < Wide; ++j) sum[q][j] += weights[q] * value[j];
         }
-        for (int q = 0; q < kDenseAtOnce; ++q)
+        for (int q = 0; q < kDenseRows; ++q)
             for (int j = 0; j < Wide; ++j) {
                 float* to = accumulators + q * accumulator_stride + at + 16 * j;
                 store(to, load<f32x16>(to) + sum[q][j]);
@@ -290,19 +299,15 @@ inline void accumulate_dense_strip(const uint8_t* rows, size_t stride, size_t co
 template <Dtype Type>
 inline void accumulate_dense_typed(const uint8_t* rows, size_t stride, size_t count, const float* weights, int dim,
                                    float* accumulators, size_t accumulator_stride) {
-    for (int q = 0; q < kDenseRows;
-         q += kDenseAtOnce, weights += kDenseAtOnce, accumulators += kDenseAtOnce * accumulator_stride) {
-        int at = 0;
-        for (; at + 16 * kDenseWide <= dim; at += 16 * kDenseWide)
-            accumulate_dense_strip<Type, kDenseWide, false>(rows, stride, count, weights, at, 16, accumulators,
-                                                            accumulator_stride);
-        for (; at + 16 <= dim; at += 16)
-            accumulate_dense_strip<Type, 1, false>(rows, stride, count, weights, at, 16, accumulators,
-                                                   accumulator_stride);
-        if (at < dim)
-            accumulate_dense_strip<Type, 1, true>(rows, stride, count, weights, at, dim - at, accumulators,
-                                                  accumulator_stride);
-    }
+    int at = 0;
+    for (; at + 16 * kDenseWide <= dim; at += 16 * kDenseWide)
+        accumulate_dense_strip<Type, kDenseWide, false>(rows, stride, count, weights, at, 16, accumulators,
+                                                        accumulator_stride);
+    for (; at + 16 <= dim; at += 16)
+        accumulate_dense_strip<Type, 1, false>(rows, stride, count, weights, at, 16, accumulators, accumulator_stride);
+    if (at < dim)
+        accumulate_dense_strip<Type, 1, true>(rows, stride, count, weights, at, dim - at, accumulators,
+                                              accumulator_stride);
 }
 
 // accumulators[q] += sum of weights[i][q] * row i, for kDenseRows queries
@@ -367,19 +372,16 @@ inline void dot64_typed(const uint8_t* rows, size_t stride, const uint32_t* keys
                         int dim, double* out) {
     const int whole = dim / 16 * 16;
     f64x8 digits[kMaxHeadDim / 8];
-    for (int at = 0; at < dim; at += 8) digits[at / 8] = __builtin_convertvector(load<f32x8>(query + at), f64x8);
+    for (int at = 0; at < dim; at += 8) digits[at / 8] = convert<f64x8>(load<f32x8>(query + at));
     for (size_t i = 0; i < count; ++i) {
         const uint8_t* row = rows + keys[i] * stride;
         f64x8 sum[2] = {};
         for (int at = 0; at < dim; at += 16) {
             const f32x16 x = at < whole ? load_row(Type, row, at) : load_row_part(Type, row, at, dim - at);
-            f32x8 halves[2];
-            __builtin_memcpy(halves, &x, 64);
-            sum[0] += __builtin_convertvector(halves[0], f64x8) * digits[at / 8];
-            if (at + 8 < dim) sum[1] += __builtin_convertvector(halves[1], f64x8) * digits[at / 8 + 1];
+            sum[0] += convert<f64x8>(lower(x)) * digits[at / 8];
+            if (at + 8 < dim) sum[1] += convert<f64x8>(upper(x)) * digits[at / 8 + 1];
         }
-        const f64x8 all = sum[0] + sum[1];
-        out[i] = ((all[0] + all[1]) + (all[2] + all[3])) + ((all[4] + all[5]) + (all[6] + all[7]));
+        out[i] = sum_of(sum[0] + sum[1]);
     }
 }
 

@@ -1,63 +1,32 @@
-// Sixteen lanes, written with the vector extensions of GCC and Clang: the compiler lowers them to whatever
-// the level has. Only four operations differ by level: the 8-bit dot product, compress-store, float16, mask.
-// No include guard games: this header is private to loops.h and lives in its anonymous namespace.
-
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
-typedef uint8_t u8x64 __attribute__((vector_size(64)));
-typedef uint16_t u16x32 __attribute__((vector_size(64)));
-typedef double f64x8 __attribute__((vector_size(64)));
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
-typedef int8_t i8x8 __attribute__((vector_size(8)));
+// The operations on lanes that differ by level, or that every kernel needs. Private to loops.h, in its anonymous
+// namespace.
 
 template <class V>
-inline V load(const void* from) {
-    V value;
-    __builtin_memcpy(&value, from, sizeof(V));
-    return value;
+inline V max_of(const V& a, const V& b) {
+    return select(a > b, a, b);
 }
 template <class V>
-inline void store(void* to, const V& value) {
-    __builtin_memcpy(to, &value, sizeof(V));
+inline V min_of(const V& a, const V& b) {
+    return select(a < b, a, b);
 }
-inline f32x16 splat(float x) { return x - f32x16{}; }
-inline i32x16 splat(int32_t x) { return x - i32x16{}; }
+inline f32x16 abs_of(f32x16 a) { return as<f32x16>(as<i32x16>(a) & 0x7fffffff); }
+inline f32x16 to_float16lanes(i32x16 x) { return convert<f32x16>(x); }
 
-inline f32x16 max_of(f32x16 a, f32x16 b) { return a > b ? a : b; }
-inline f32x16 min_of(f32x16 a, f32x16 b) { return a < b ? a : b; }
-inline f32x16 abs_of(f32x16 a) { return (f32x16)((i32x16)a & 0x7fffffff); }
-inline f32x16 to_float16lanes(i32x16 x) { return __builtin_convertvector(x, f32x16); }
-
-#if defined(__AVX512F__)
-inline float sum_of(f32x16 x) { return _mm512_reduce_add_ps((__m512)x); }
-inline float max_of_lanes(f32x16 x) { return _mm512_reduce_max_ps((__m512)x); }
-#else
-inline float sum_of(f32x16 x) {
-    float lanes[16];
-    store(lanes, x);
-    float s[4] = {0, 0, 0, 0};
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 4; ++j) s[j] += lanes[i + j];
-    return (s[0] + s[1]) + (s[2] + s[3]);
+inline float sum_of(Vector<float, 4> x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+inline float max_of_lanes(Vector<float, 4> x) {
+    const float even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
+    return even > odd ? even : odd;
 }
-inline float max_of_lanes(f32x16 x) {
-    f32x8 eights[2];
-    __builtin_memcpy(eights, &x, 64);
-    const f32x8 eight = eights[0] > eights[1] ? eights[0] : eights[1];
-    float lanes[8];
-    store(lanes, eight);
-    for (int half = 4; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return lanes[0];
-}
-#endif
+inline float sum_of(f32x8 x) { return sum_of(lower(x) + upper(x)); }
+inline float max_of_lanes(f32x8 x) { return max_of_lanes(max_of(lower(x), upper(x))); }
+inline float sum_of(f32x16 x) { return sum_of(lower(x) + upper(x)); }
+inline float max_of_lanes(f32x16 x) { return max_of_lanes(max_of(lower(x), upper(x))); }
 
-inline f32x16 from_bfloat16(u16x16 bits) { return (f32x16)(__builtin_convertvector(bits, u32x16) << 16); }
+template <int Lanes>
+inline Vector<float, Lanes> bfloat16_lanes(const void* from) {
+    return as<Vector<float, Lanes>>(convert<Vector<uint32_t, Lanes>>(load<Vector<uint16_t, Lanes>>(from)) << 16);
+}
+inline f32x16 from_bfloat16(u16x16 bits) { return as<f32x16>(convert<u32x16>(bits) << 16); }
 // Smallest bfloat16 >= x, for x >= 0 (and +inf).
 inline uint16_t bfloat16_up(float x) {
     uint32_t bits;
@@ -75,11 +44,6 @@ inline float bfloat16_value(uint16_t bits) {
 
 #if defined(__AVX512VNNI__)
 
-inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
-    return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(digits));
-}
-// As dot4, for codes of 8 bits.
-inline i32x16 dot4_byte(i32x16 sum, u8x64 codes, int32_t digits) { return dot4(sum, codes, digits); }
 inline uint32_t mask_ge(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
 inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ); }
 inline f32x16 keep_lanes(uint32_t mask, f32x16 x) { return (f32x16)_mm512_maskz_mov_ps((__mmask16)mask, (__m512)x); }
@@ -89,21 +53,8 @@ inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
 }
 inline f32x16 from_float16(u16x16 bits) { return (f32x16)_mm512_cvtph_ps((__m256i)bits); }
 inline i32x16 widen_bytes(u8x16 bytes) { return (i32x16)_mm512_cvtepu8_epi32((__m128i)bytes); }
-inline u8x64 low_nibbles(u8x64 x) { return x & (uint8_t)0x0f; }
-// High nibbles in place, 16 times too large (kHighShift = 4): saves the shift in the scan.
-constexpr int kHighShift = 4;
-inline u8x64 high_nibbles_scaled(u8x64 x) { return x & (uint8_t)0xf0; }
-inline u8x64 high_nibbles(u8x64 x) {
-    return (u8x64)_mm512_and_si512(_mm512_srli_epi16((__m512i)x, 4), _mm512_set1_epi8(0x0f));
-}
-inline u8x64 join_low_nibbles(u8x64 high, u8x64 low) {
-    const __m512i mask = _mm512_set1_epi8(0x0f);  // bits of `low` under the mask, of `high` << 4 elsewhere
-    return (u8x64)_mm512_ternarylogic_epi32(mask, (__m512i)low, _mm512_slli_epi16((__m512i)high, 4), 0xca);
-}
-inline u8x64 join_high_nibbles(u8x64 high, u8x64 low) {
-    const __m512i mask = _mm512_set1_epi8(0x0f);
-    return (u8x64)_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16((__m512i)low, 4), (__m512i)high, 0xca);
-}
+inline u8x16 unsigned_bytes(i32x16 x) { return convert<u8x16>(x); }
+inline i8x16 signed_bytes(i32x16 x) { return convert<i8x16>(x); }
 // out[i] = the sum of the lanes of x[i]: each round halves the number of vectors.
 inline void sums_of_4(const f32x16* x, float* out) {
     __m512 pairs[2];
@@ -120,82 +71,79 @@ inline void sums_of_4(const f32x16* x, float* out) {
 
 #else
 
-inline void sums_of_4(const f32x16* x, float* out) {
-    for (int i = 0; i < 4; ++i) out[i] = sum_of(x[i]);
-}
-
-inline uint32_t bits_of(i32x16 truth) {
 #if defined(__AVX2__)
-    __m256i halves[2];
-    __builtin_memcpy(halves, &truth, 64);
-    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(halves[0]))) |
-           uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(halves[1]))) << 8;
+inline __m256i half_of(const i32x16& x, int half) { return (__m256i)(half ? x.high : x.low); }
+inline uint32_t bits_of(const i32x16& truth) {
+    return uint32_t(_mm256_movemask_ps((__m256)truth.low)) | uint32_t(_mm256_movemask_ps((__m256)truth.high)) << 8;
+}
+inline void sums_of_4(const f32x16* x, float* out) {
+    __m256 eights[4];
+    for (int i = 0; i < 4; ++i) eights[i] = (__m256)(x[i].low + x[i].high);
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(eights[0], eights[1]), _mm256_hadd_ps(eights[2], eights[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
 #else
+inline uint32_t bits_of(const i32x16& truth) {
     int32_t lanes[16];
     store(lanes, truth);
     uint32_t mask = 0;
     for (int i = 0; i < 16; ++i) mask |= uint32_t(lanes[i] & 1) << i;
     return mask;
-#endif
 }
+inline void sums_of_4(const f32x16* x, float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = sum_of(x[i]);
+}
+#endif
 inline uint32_t mask_ge(f32x16 a, f32x16 b) { return bits_of(a >= b); }
 inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return bits_of(~(a < b)); }
 inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
-    const i32x16 bit = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                        1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-    return ((splat(int32_t(mask)) & bit) != 0) ? x : f32x16{};
+    alignas(64) static const int32_t bit[16] = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                                                1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    const i32x16 own = load<i32x16>(bit);
+    return as<f32x16>(as<i32x16>(x) & ((splat(int32_t(mask)) & own) == own));
 }
+#if defined(__AVX2__)
+// For each mask of eight lanes, the lanes under it, in order.
+struct LaneLists {
+    uint8_t list[256][8];
+    constexpr LaneLists() : list() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int lane = 0, at = 0; lane < 8; ++lane)
+                if (mask >> lane & 1) list[mask][at++] = uint8_t(lane);
+    }
+};
+constexpr LaneLists kLaneLists;
+inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
+    for (int half = 0; half < 2; ++half, mask >>= 8) {
+        const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kLaneLists.list[mask & 255]));
+        _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(half_of(values, half), order));
+        out += __builtin_popcount(mask & 255);
+    }
+}
+inline i32x16 widen_bytes(u8x16 bytes) {
+    return {(i32x8)_mm256_cvtepu8_epi32((__m128i)bytes),
+            (i32x8)_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)bytes, 8))};
+}
+inline __m128i narrow(const i32x16& x, bool with_sign) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x.low, (__m256i)x.high), 0xd8);
+    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+    return with_sign ? _mm_packs_epi16(low, high) : _mm_packus_epi16(low, high);
+}
+inline u8x16 unsigned_bytes(i32x16 x) { return (u8x16)narrow(x, false); }
+inline i8x16 signed_bytes(i32x16 x) { return (i8x16)narrow(x, true); }
+inline f32x16 from_float16(u16x16 bits) {
+    return {(f32x8)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)bits)),
+            (f32x8)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)bits, 1))};
+}
+#else
 inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
     int32_t lanes[16];
     store(lanes, values);
     for (; mask; mask &= mask - 1) *out++ = uint32_t(lanes[__builtin_ctz(mask)]);
 }
-inline i32x16 widen_bytes(u8x16 bytes) { return __builtin_convertvector(bytes, i32x16); }
-inline u8x64 low_nibbles(u8x64 x) { return x & (uint8_t)0x0f; }
-inline u8x64 high_nibbles(u8x64 x) { return (u8x64)((u16x32)x >> 4) & (uint8_t)0x0f; }
-constexpr int kHighShift = 0;  // dot4 takes codes up to 15 only
-inline u8x64 high_nibbles_scaled(u8x64 x) { return high_nibbles(x); }
-
-// Codes of 8 bits from their high and low nibbles, of the even and of the odd four dimensions.
-inline u8x64 join_low_nibbles(u8x64 high, u8x64 low) {
-    return (u8x64)(((u16x32)high << 4) & (uint16_t)0xf0f0) | low_nibbles(low);
-}
-inline u8x64 join_high_nibbles(u8x64 high, u8x64 low) { return (high & (uint8_t)0xf0) | high_nibbles(low); }
-
-#if defined(__AVX2__)
-// Products of a code <= 15 and a digit >= -127: a pair sums to at most 2 * 15 * 127 = 3810 < 32767,
-// so the saturating 16-bit addition of maddubs never saturates.
-inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
-    __m256i c[2], s[2];
-    __builtin_memcpy(c, &codes, 64);
-    __builtin_memcpy(s, &sum, 64);
-    const __m256i q = _mm256_set1_epi32(digits), ones = _mm256_set1_epi16(1);
-    for (int half = 0; half < 2; ++half)
-        s[half] = _mm256_add_epi32(s[half], _mm256_madd_epi16(_mm256_maddubs_epi16(c[half], q), ones));
-    __builtin_memcpy(&sum, s, 64);
-    return sum;
-}
-inline i32x16 dot4_byte(i32x16 sum, u8x64 codes, int32_t digits) {
-    return dot4(sum, low_nibbles(codes), digits) + (dot4(i32x16{}, high_nibbles(codes), digits) << 4);
-}
-inline f32x16 from_float16(u16x16 bits) {
-    __m128i h[2];
-    __builtin_memcpy(h, &bits, 32);
-    __m256 f[2] = {_mm256_cvtph_ps(h[0]), _mm256_cvtph_ps(h[1])};
-    f32x16 out;
-    __builtin_memcpy(&out, f, 64);
-    return out;
-}
-#else
-inline i32x16 dot4(i32x16 sum, u8x64 codes, int32_t digits) {
-    u8x64 c = codes;
-    const u32x16 w = (u32x16)c;
-    const i32x16 q0 = splat(int32_t(int8_t(digits))), q1 = splat(int32_t(int8_t(digits >> 8))),
-                 q2 = splat(int32_t(int8_t(digits >> 16))), q3 = splat(int32_t(int8_t(digits >> 24)));
-    return sum + (i32x16)(w & 0xff) * q0 + (i32x16)((w >> 8) & 0xff) * q1 + (i32x16)((w >> 16) & 0xff) * q2 +
-           (i32x16)(w >> 24) * q3;
-}
-inline i32x16 dot4_byte(i32x16 sum, u8x64 codes, int32_t digits) { return dot4(sum, codes, digits); }
+inline i32x16 widen_bytes(u8x16 bytes) { return convert<i32x16>(bytes); }
+inline u8x16 unsigned_bytes(i32x16 x) { return convert<u8x16>(x); }
+inline i8x16 signed_bytes(i32x16 x) { return convert<i8x16>(x); }
 inline f32x16 from_float16(u16x16 bits) {
     uint16_t h[16];
     float f[16];
@@ -243,12 +191,11 @@ inline f32x16 exp_above(f32x16 x, float reference) {
 #else
 inline f32x16 exp_of(f32x16 x) {
     const i32x16 small = x < splat(-87.0f);
-    f32x16 t = min_of(x, splat(88.0f)) * 1.44269504088896341f;
-    t = small ? f32x16{} : t;
+    const f32x16 t = select(small, f32x16{}, min_of(x, splat(88.0f)) * 1.44269504088896341f);
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
     const f32x16 shifted = t + magic;
     const f32x16 p = exp2_fraction(t - (shifted - magic));
-    return small ? f32x16{} : (f32x16)((i32x16)p + (((i32x16)shifted) << 23));
+    return select(small, f32x16{}, as<f32x16>(as<i32x16>(p) + (as<i32x16>(shifted) << 23)));
 }
 inline f32x16 exp_above(f32x16 x, float reference) { return exp_of(x - reference) * 1.0001f; }
 #endif
@@ -265,7 +212,7 @@ struct CoarseExp {
                       double(reference) * double(kPerNat))) {}
     f32x16 operator()(f32x16 x) const {
         const f32x16 t = x * kPerNat + start;
-        return (f32x16) __builtin_convertvector(max_of(t, splat(0.0f)), i32x16);
+        return as<f32x16>(convert<i32x16>(max_of(t, splat(0.0f))));
     }
     static constexpr float kPerNat = 1.44269504f * 8388608.0f;
 };

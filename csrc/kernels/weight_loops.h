@@ -24,11 +24,10 @@ void code_values(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t*
             total += sum;
         }
         f32x16 step = (most - least) * (1.0f / 255.0f);
-        step = step > 1e-37f ? step : splat(1e-37f);
+        step = max_of(step, splat(1e-37f));
         const f32x16 inverse = 1.0f / step;
         const auto code = [&](size_t key) {
-            const i32x16 c = __builtin_convertvector((value(key) - least) * inverse + 0.5f, i32x16);
-            return c > 255 ? splat(255) : c;
+            return min_of(convert<i32x16>((value(key) - least) * inverse + 0.5f), splat(255));
         };
         for (size_t key = 0; key < kRangeKeys; key += 4)
             store(codes + (key / 4 * wide + size_t(at)) * 4,
@@ -55,7 +54,7 @@ inline f32x16 power_of_two(f32x16 t) {
 #if defined(__AVX512VNNI__)
     return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-    return (f32x16)((i32x16)p + ((i32x16)shifted << 23));
+    return as<f32x16>(as<i32x16>(p) + (as<i32x16>(shifted) << 23));
 #endif
 }
 
@@ -65,7 +64,7 @@ inline f32x16 power_of_two(f32x16 t) {
 // select_row.
 void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, int8_t* digits, uint32_t* positions,
                  float* exact, WeighedRow* out) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const i32x16 lane = lane_numbers();
     // (2 k + 1) / 128 for every k below 64, neighbours far apart.
     const f32x16 place = to_float16lanes((lane & 1) * 8 + (lane & 2) * 2 + (lane & 4) / 2 + (lane & 8) / 8) / 16.0f;
     const f32x16 dither[4] = {place + 1.0f / 128.0f, place + 5.0f / 128.0f, place + 3.0f / 128.0f,
@@ -98,15 +97,15 @@ void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, 
                 large[b] = mask[b] & mask_ge(x[b], exact_from);
                 const f32x16 w = keep_lanes(mask[b] ^ large[b], power_of_two(x[b] - cap));
                 mass[b % 2] += w;
-                const i32x16 digit = __builtin_convertvector(w * kDigits + dither[b], i32x16);
+                const i32x16 digit = convert<i32x16>(w * kDigits + dither[b]);
                 total += digit;
-                store(digits + i + 16 * b, __builtin_convertvector(digit, i8x16));
+                store(digits + i + 16 * b, signed_bytes(digit));
             }
             kept += uint32_t(__builtin_popcount(mask[0] | mask[1] << 16) + __builtin_popcount(mask[2] | mask[3] << 16));
             if (!(large[0] | large[1] | large[2] | large[3])) continue;
             for (int b = 0; b < 4; ++b) {
                 compress(large[b], lane + int32_t(first + i + 16 * b), positions + found);
-                compress(large[b], (i32x16)x[b], (uint32_t*)(exact + found));
+                compress(large[b], as<i32x16>(x[b]), (uint32_t*)(exact + found));
                 found += uint32_t(__builtin_popcount(large[b]));
             }
         }
@@ -126,6 +125,7 @@ struct Number {
     static constexpr int value = N;
 };
 
+// Wide: registers of values that meet the digits at once.
 template <int Queries, int Wide>
 inline void multiply_strip(const uint8_t* codes, const float* ranges, size_t wide, int at, uint32_t words,
                            const int8_t* digits, const float* units, const uint32_t* digit_sums, float* accumulators,
@@ -134,26 +134,32 @@ inline void multiply_strip(const uint8_t* codes, const float* ranges, size_t wid
     for (size_t range = 0; range < kRanges; ++range, words >>= kWords, ranges += 3 * wide + 1) {
         uint32_t here = words & ((1u << kWords) - 1);
         if (!here) continue;
-        i32x16 sum[Queries][Wide] = {};
+        ByteSum sum[Queries][Wide];
         for (; here; here &= here - 1) {
             const size_t key = range * kRangeKeys + size_t(__builtin_ctz(here)) * 64;
-            const uint8_t* from = codes + (key / 4 * wide + size_t(at)) * 4;
-            const int8_t* own = digits + key;
-            for (int quad = 0; quad < 16; ++quad, from += wide * 4, own += 4) {
-                u8x64 value[Wide];
-                for (int j = 0; j < Wide; ++j) value[j] = load<u8x64>(from + 64 * j);
-                for (int q = 0; q < Queries; ++q) {
-                    const int32_t four = four_digits(own + size_t(q) * kPanelKeys);
-                    for (int j = 0; j < Wide; ++j) sum[q][j] = dot4_byte(sum[q][j], value[j], four);
-                }
-            }
+            in_turns(
+                16, ByteSum::kMost,
+                [&](int quad) {
+                    const uint8_t* from = codes + ((key / 4 + size_t(quad)) * wide + size_t(at)) * 4;
+                    Bytes value[Wide];
+                    for (int j = 0; j < Wide; ++j) value[j] = load<Bytes>(from + kRegisterBytes * j);
+                    for (int q = 0; q < Queries; ++q) {
+                        const int32_t four = four_digits(digits + key + 4 * quad + size_t(q) * kPanelKeys);
+                        for (int j = 0; j < Wide; ++j) sum[q][j].add(ByteCodes(value[j]), four);
+                    }
+                },
+                [&] {
+                    for (auto& of_query : sum)
+                        for (ByteSum& one : of_query) one.settle();
+                });
         }
         for (int j = 0; j < Wide; ++j) {
-            const f32x16 low = load<f32x16>(ranges + at + 16 * j), step = load<f32x16>(ranges + wide + at + 16 * j);
+            const int place = at + kPartLanes * j;
+            const Floats low = load<Floats>(ranges + place), step = load<Floats>(ranges + wide + place);
             for (int q = 0; q < Queries; ++q) {
-                float* to = accumulators + size_t(q) * stride + at + 16 * j;
+                float* to = accumulators + size_t(q) * stride + place;
                 const float digit_sum = float(digit_sums[size_t(q) * kRanges + range]);
-                store(to, load<f32x16>(to) + units[q] * (step * to_float16lanes(sum[q][j]) + low * digit_sum));
+                store(to, load<Floats>(to) + units[q] * (step * to_floats(sum[q][j].total()) + low * digit_sum));
             }
         }
     }
@@ -162,12 +168,13 @@ inline void multiply_strip(const uint8_t* codes, const float* ranges, size_t wid
 template <int Queries>
 inline void multiply_rows(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
                           const float* units, const uint32_t* digit_sums, float* accumulators, size_t stride) {
+    constexpr int kWide = kMicroRegisters;
     const int wide = (dim + 15) / 16 * 16;
     int at = 0;
-    for (; at + 16 * kDenseWide <= wide; at += 16 * kDenseWide)
-        multiply_strip<Queries, kDenseWide>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums,
-                                            accumulators, stride);
-    for (; at < wide; at += 16)
+    for (; at + kPartLanes * kWide <= wide; at += kPartLanes * kWide)
+        multiply_strip<Queries, kWide>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums, accumulators,
+                                       stride);
+    for (; at < wide; at += kPartLanes)
         multiply_strip<Queries, 1>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums, accumulators,
                                    stride);
 }
@@ -180,20 +187,12 @@ void multiply_panel(const uint8_t* codes, const float* ranges, int dim, uint32_t
         multiply_rows<decltype(queries)::value>(codes, ranges, dim, words, digits, units, digit_sums, accumulators,
                                                 stride);
     };
-    for (; count > 0; count -= kDenseAtOnce) {
-        switch (count) {
-            case 1: rows(Number<1>()); break;
-            case 2: rows(Number<2>()); break;
-#if defined(__AVX512VNNI__)
-            case 3: rows(Number<3>()); break;
-            case 4: rows(Number<4>()); break;
-            case 5: rows(Number<5>()); break;
-#endif
-            default: rows(Number<kDenseAtOnce>());
-        }
-        digits += size_t(kDenseAtOnce) * kPanelKeys;
-        units += kDenseAtOnce;
-        digit_sums += size_t(kDenseAtOnce) * kRanges;
-        accumulators += size_t(kDenseAtOnce) * stride;
+    switch (count) {  // at most kDenseRows
+        case 1: return rows(Number<1>());
+        case 2: return rows(Number<2>());
+        case 3: return rows(Number<3>());
+        case 4: return rows(Number<4>());
+        case 5: return rows(Number<5>());
+        default: return rows(Number<kDenseRows>());
     }
 }

@@ -3,6 +3,9 @@
 // compiled for AVX-512 into baseline code.
 #include "tree/kernels.h"
 
+#include <type_traits>
+#include <utility>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -14,71 +17,55 @@
 namespace hsr::tree {
 namespace {
 
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef double f64x8 __attribute__((vector_size(64)));
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
+#include "kernels/lanes.h"
 
 inline f64x8 load8(const float* from) {
 #if defined(__AVX512F__)
     return (f64x8)_mm512_cvtps_pd(_mm256_loadu_ps(from));  // GCC makes two halves of a conversion
 #else
-    f32x8 value;
-    __builtin_memcpy(&value, from, sizeof value);
-    return __builtin_convertvector(value, f64x8);
+    return convert<f64x8>(load<f32x8>(from));
 #endif
 }
 
+#if defined(__AVX512F__)
 inline unsigned at_least(f64x8 x, double threshold) {
-#if defined(__AVX512F__)
     return _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(threshold), _CMP_GE_OQ);
-#elif defined(__AVX2__)
-    __m256d half[2];
-    __builtin_memcpy(half, &x, sizeof half);
-    const __m256d limit = _mm256_set1_pd(threshold);
-    return unsigned(_mm256_movemask_pd(_mm256_cmp_pd(half[0], limit, _CMP_GE_OQ))) |
-           unsigned(_mm256_movemask_pd(_mm256_cmp_pd(half[1], limit, _CMP_GE_OQ))) << 4;
-#else
-    unsigned mask = 0;
-    for (int i = 0; i < kLanes; ++i) mask |= unsigned(x[i] >= threshold) << i;
-    return mask;
-#endif
 }
-
 inline unsigned below(f64x8 x, double threshold) {
-#if defined(__AVX512F__)
     return _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(threshold), _CMP_LT_OQ);
-#elif defined(__AVX2__)
-    __m256d half[2];
-    __builtin_memcpy(half, &x, sizeof half);
-    const __m256d limit = _mm256_set1_pd(threshold);
-    return unsigned(_mm256_movemask_pd(_mm256_cmp_pd(half[0], limit, _CMP_LT_OQ))) |
-           unsigned(_mm256_movemask_pd(_mm256_cmp_pd(half[1], limit, _CMP_LT_OQ))) << 4;
-#else
-    unsigned mask = 0;
-    for (int i = 0; i < kLanes; ++i) mask |= unsigned(x[i] < threshold) << i;
-    return mask;
-#endif
 }
-
 inline unsigned not_below(f32x8 x, float threshold) {  // NaN is not below
-#if defined(__AVX512F__) && defined(__AVX512VL__)
     return _mm256_cmp_ps_mask((__m256)x, _mm256_set1_ps(threshold), _CMP_NLT_UQ);
-#elif defined(__AVX2__)
-    return unsigned(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(threshold), _CMP_NLT_UQ)));
-#elif defined(__SSE2__)
-    __m128 half[2];
-    __builtin_memcpy(half, &x, sizeof half);
-    const __m128 limit = _mm_set1_ps(threshold);
-    return unsigned(_mm_movemask_ps(_mm_cmpnlt_ps(half[0], limit))) |
-           unsigned(_mm_movemask_ps(_mm_cmpnlt_ps(half[1], limit))) << 4;
-#else
-    unsigned mask = 0;
-    for (int i = 0; i < kLanes; ++i) mask |= unsigned(!(x[i] < threshold)) << i;
-    return mask;
-#endif
 }
+#else
+// A bit for each lane of a comparison.
+template <class Truth>
+inline unsigned bits_of(const Truth& truth) {
+    constexpr int lanes = Shape<Truth>::lanes;
+    if constexpr (Shape<Truth>::pair) {
+        return bits_of(truth.low) | bits_of(truth.high) << (lanes / 2);
+    } else {
+#if defined(__AVX2__)
+        if constexpr (lanes == 4)
+            return unsigned(_mm256_movemask_pd((__m256d)truth));
+        else
+            return unsigned(_mm256_movemask_ps((__m256)truth));
+#elif defined(__SSE2__)
+        if constexpr (lanes == 2)
+            return unsigned(_mm_movemask_pd((__m128d)truth));
+        else
+            return unsigned(_mm_movemask_ps((__m128)truth));
+#else
+        unsigned mask = 0;
+        for (int i = 0; i < lanes; ++i) mask |= unsigned(truth[i] & 1) << i;
+        return mask;
+#endif
+    }
+}
+inline unsigned at_least(f64x8 x, double threshold) { return bits_of(x >= threshold); }
+inline unsigned below(f64x8 x, double threshold) { return bits_of(x < threshold); }
+inline unsigned not_below(f32x8 x, float threshold) { return bits_of(~(x < threshold)); }  // NaN is not below
+#endif
 
 // Scores of one block; D = 0 takes the dimension at run time.
 template <int D>
@@ -92,13 +79,8 @@ inline f64x8 score_block(const float* block, int dim, const double* query) {
 template <int D>
 inline f32x8 score_block32(const float* block, int dim, const float* query) {
     const int d = D ? D : dim;
-    f32x8 row, sum;
-    __builtin_memcpy(&row, block, sizeof row);
-    sum = row * query[0];
-    for (int j = 1; j < d; ++j) {
-        __builtin_memcpy(&row, block + j * kLanes, sizeof row);
-        sum += row * query[j];
-    }
+    f32x8 sum = load<f32x8>(block) * query[0];
+    for (int j = 1; j < d; ++j) sum += load<f32x8>(block + j * kLanes) * query[j];
     return sum;
 }
 
@@ -223,9 +205,12 @@ inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const
 #else
 inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
     size_t found = 0;
+    if (!mask) return 0;
+    double lanes[kLanes];
+    store(lanes, scores);
     for (; mask; mask &= mask - 1) {
         const int lane = __builtin_ctz(mask);
-        const float score = float(scores[lane]);
+        const float score = float(lanes[lane]);
         uint32_t bits;
         __builtin_memcpy(&bits, &score, 4);
         const int64_t position = first + lane;
@@ -259,10 +244,12 @@ size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const
         _mm256_mask_compressstoreu_ps(scores_out + found, __mmask8(mask), _mm512_cvtpd_ps((__m512d)scores));
         found += size_t(__builtin_popcount(mask));
 #else
+        double lanes[kLanes];
+        if (mask) store(lanes, scores);
         for (; mask; mask &= mask - 1, ++found) {
             const int lane = __builtin_ctz(mask);
             ids[found] = first_id + first + lane;
-            scores_out[found] = float(scores[lane]);
+            scores_out[found] = float(lanes[lane]);
         }
 #endif
     });
@@ -274,15 +261,10 @@ inline f32x16 load16(const uint8_t* from) {
     return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
 #elif defined(__AVX2__)
     const __m128i codes = _mm_loadu_si128((const __m128i*)from);
-    const __m256 half[2] = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
-                            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
-    f32x16 value;
-    __builtin_memcpy(&value, half, sizeof value);
-    return value;
+    return {(f32x8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
+            (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
 #else
-    u8x16 row;
-    __builtin_memcpy(&row, from, sizeof row);
-    return __builtin_convertvector(__builtin_convertvector(row, i32x16), f32x16);
+    return convert<f32x16>(convert<i32x16>(load<u8x16>(from)));
 #endif
 }
 
@@ -303,13 +285,11 @@ size_t open_blocks(const uint8_t* codes, const float* volumes, int dim, const Ha
         middle += load8(volumes + j * kLanes) * half.query[j];
         width += h * half.magnitude[j];
         sum += weight;
-        const f32x8 rounded = __builtin_convertvector(weight * (1 / kCodeCentre), f32x8);
-        __builtin_memcpy(weights + j * kLanes, &rounded, sizeof rounded);
+        store(weights + j * kLanes, convert<f32x8>(weight * (1 / kCodeCentre)));
     }
     const f64x8 least = half.threshold - half.shift - middle + sum - error * width - half.slack;
-    const f64x8 size = least < 0 ? -least : least;
-    const f32x8 rounded = __builtin_convertvector(least - (2 * d + 4) * 0x1p-23 * width - 0x1p-22 * size, f32x8);
-    __builtin_memcpy(limits, &rounded, sizeof limits);
+    const f64x8 size = select(least < 0.0, -least, least);
+    store(limits, convert<f32x8>(least - (2 * d + 4) * 0x1p-23 * width - 0x1p-22 * size));
     const unsigned decided = at_least(width, 1e-30) & below(width, 1e30);
     size_t found = 0;
     for (; leaves; leaves &= leaves - 1) {
@@ -318,14 +298,12 @@ size_t open_blocks(const uint8_t* codes, const float* volumes, int dim, const Ha
         for (int32_t first = begin[c]; first < end[c]; first += kCodeRun, row += d * kCodeRun) {
             f32x16 scores = load16(row) * weights[c];
             for (int j = 1; j < d; ++j) scores += load16(row + j * kCodeRun) * weights[j * kLanes + c];
-            f32x8 block[2];
-            __builtin_memcpy(block, &scores, sizeof block);
             // Without a branch: which blocks stay open cannot be predicted.
             const unsigned all = ~decided >> c & 1;
             blocks[found] = first / kLanes;
-            found += (not_below(block[0], limits[c]) | all) != 0;
+            found += (not_below(lower(scores), limits[c]) | all) != 0;
             blocks[found] = first / kLanes + 1;
-            found += size_t((not_below(block[1], limits[c]) | all) != 0) & size_t(first + kLanes < end[c]);
+            found += size_t((not_below(upper(scores), limits[c]) | all) != 0) & size_t(first + kLanes < end[c]);
         }
     }
     return found;
@@ -355,16 +333,11 @@ int64_t count(const float* blocks, int dim, int64_t begin, int64_t end, const Se
 template <int D>
 void score(const float* blocks, int dim, int64_t begin, int64_t end, const double* query, double* scores) {
     for (int64_t first = begin; first < end; first += kLanes) {
-        const f64x8 sum = score_block<D>(blocks + first * (D ? D : dim), dim, query);
-        __builtin_memcpy(scores + (first - begin), &sum, sizeof sum);
+        store(scores + (first - begin), score_block<D>(blocks + first * (D ? D : dim), dim, query));
     }
 }
 
-inline f64x8 load8(const double* from) {
-    f64x8 value;
-    __builtin_memcpy(&value, from, sizeof value);
-    return value;
-}
+inline f64x8 load8(const double* from) { return load<f64x8>(from); }
 
 // A NaN, from an infinite radius times 0, stays one, and a cell with one is neither inside nor outside.
 template <int D>
@@ -378,7 +351,7 @@ inline void limits(const float* volumes, int dim, const HalfSpace& half, const F
         box += load8(widths + j * kLanes) * half.magnitude[j];
     }
     const f64x8 ball = load8(widths + d * kLanes) * half.norm;
-    const f64x8 spread = ball < box ? ball : box;
+    const f64x8 spread = select(ball < box, ball, box);
     low = half.shift + centre - spread - half.slack;
     high = half.shift + centre + spread + half.slack;
     if (D > 3 || !frame) return;
@@ -388,19 +361,19 @@ inline void limits(const float* volumes, int dim, const HalfSpace& half, const F
     for (int i = 0; i < d; ++i) {
         const f64x8 a = load8(boxes + i * kLanes) * frame->slope[i];
         const f64x8 b = load8(boxes + (d + i) * kLanes) * frame->slope[i];
-        least += a < b ? a : b;
-        most += a < b ? b : a;
+        least += select(a < b, a, b);
+        most += select(a < b, b, a);
     }
-    low = least > low ? least : low;
-    high = most < high ? most : high;
+    low = select(least > low, least, low);
+    high = select(most < high, most, high);
 }
 
 template <int D>
 void bounds(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame, double* low, double* high) {
     f64x8 least, most;
     limits<D>(volumes, dim, half, frame, least, most);
-    __builtin_memcpy(low, &least, sizeof least);
-    __builtin_memcpy(high, &most, sizeof most);
+    store(low, least);
+    store(high, most);
 }
 
 template <int D>

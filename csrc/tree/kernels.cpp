@@ -21,7 +21,7 @@ namespace {
 const Kernels* table_of([[maybe_unused]] const std::string& level) {
 #if defined(__x86_64__)
     if (level == "avx512") return &avx512::table();
-    if (level == "avx2") return &avx2::table();
+    if (level == "avx2" || level == "avxvnni") return &avx2::table();  // scores here are floats
 #endif
     return &scalar::table();
 }

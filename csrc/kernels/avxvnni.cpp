@@ -1,0 +1,2 @@
+#define HSR_LEVEL avxvnni
+#include "kernels/loops.h"

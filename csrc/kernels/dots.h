@@ -1,0 +1,170 @@
+// Products of codes and digits of 8 bits, four to a lane of 32 bits, a register at a time: what most of the time goes
+// into, and where the levels differ most. Private to loops.h, in its anonymous namespace.
+
+using Bytes = Vector<uint8_t, kRegisterBytes>;
+using Ints = Vector<int32_t, kRegisterBytes / 4>;
+using Floats = Vector<float, kRegisterBytes / 4>;
+constexpr int kParts = 64 / kRegisterBytes;  // registers of a block of 16 keys
+constexpr int kPartLanes = 16 / kParts;
+
+inline int32_t four_digits(const int8_t* digits) {
+    int32_t word;
+    __builtin_memcpy(&word, digits, 4);
+    return word;
+}
+inline Bytes low_nibbles(Bytes x) { return x & (uint8_t)0x0f; }
+inline Bytes high_nibbles(Bytes x) {
+    using Words = Vector<uint16_t, kRegisterBytes / 2>;
+    return as<Bytes>(as<Words>(x) >> 4) & (uint8_t)0x0f;
+}
+
+// PlaneCodes: a register of one plane of the key codes, its low nibbles and its high ones, for PlaneSum; ByteCodes:
+// codes of 8 bits, for ByteSum. A sum takes at most kMost additions before `settle` is called.
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || !defined(__AVX2__)
+
+inline Ints dot4(Ints sum, Bytes codes, int32_t digits) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(digits));
+#elif defined(__AVXVNNI__)
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(digits));
+#elif defined(__SSE2__)
+    // As words: two keys a register, a key's sum in two parts.
+    const __m128i zero = _mm_setzero_si128(), once = _mm_cvtsi32_si128(digits);
+    const __m128i four = _mm_srai_epi16(_mm_unpacklo_epi8(once, once), 8), twice = _mm_unpacklo_epi64(four, four);
+    const __m128 low = _mm_castsi128_ps(_mm_madd_epi16(_mm_unpacklo_epi8((__m128i)codes, zero), twice)),
+                 high = _mm_castsi128_ps(_mm_madd_epi16(_mm_unpackhi_epi8((__m128i)codes, zero), twice));
+    return sum + (Ints)_mm_shuffle_ps(low, high, 0x88) + (Ints)_mm_shuffle_ps(low, high, 0xdd);
+#else
+    using Unsigned = Vector<uint32_t, kPartLanes>;
+    const Unsigned bytes = as<Unsigned>(codes);
+    for (int j = 0; j < 4; ++j) sum += as<Ints>((bytes >> (8 * j)) & 0xffu) * int32_t(int8_t(digits >> (8 * j)));
+    return sum;
+#endif
+}
+
+struct PlaneCodes {
+    Bytes first, second;
+    // High nibbles stay in place, 16 times too large: that saves a shift for each register.
+    explicit PlaneCodes(Bytes x) : first(low_nibbles(x)), second(x & (uint8_t)0xf0) {}
+};
+struct PlaneSum {
+    static constexpr int kMost = 1 << 30;
+    Ints first{}, second{};
+    void add(const PlaneCodes& codes, int32_t digits, int32_t more) {
+        first = dot4(first, codes.first, digits);
+        second = dot4(second, codes.second, more);
+    }
+    void settle() {}
+    Ints total() const { return first + (second >> 4); }
+};
+
+struct ByteCodes {
+    Bytes all;
+    explicit ByteCodes(Bytes x) : all(x) {}
+    // Of the low (high) nibbles of both planes.
+    static ByteCodes of_low(Bytes high, Bytes low) {
+#if defined(__AVX512VNNI__)
+        const __m512i mask = _mm512_set1_epi8(0x0f);  // bits of `low` under the mask, of `high` << 4 elsewhere
+        return ByteCodes(
+            (Bytes)_mm512_ternarylogic_epi32(mask, (__m512i)low, _mm512_slli_epi16((__m512i)high, 4), 0xca));
+#else
+        using Words = Vector<uint16_t, kRegisterBytes / 2>;
+        return ByteCodes(as<Bytes>(as<Words>(low_nibbles(high)) << 4) | low_nibbles(low));
+#endif
+    }
+    static ByteCodes of_high(Bytes high, Bytes low) {
+#if defined(__AVX512VNNI__)
+        const __m512i mask = _mm512_set1_epi8(0x0f);
+        return ByteCodes(
+            (Bytes)_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16((__m512i)low, 4), (__m512i)high, 0xca));
+#else
+        return ByteCodes((high & (uint8_t)0xf0) | high_nibbles(low));
+#endif
+    }
+    Bytes bytes() const { return all; }
+};
+struct ByteSum {
+    static constexpr int kMost = 1 << 30;
+    Ints sum{};
+    ByteSum() = default;
+    explicit ByteSum(Ints start) : sum(start) {}
+    void add(const ByteCodes& codes, int32_t digits) { sum = dot4(sum, codes.all, digits); }
+    void settle() {}
+    Ints total() const { return sum; }
+};
+
+#else
+
+// AVX2 alone has no instruction for four products of bytes that does not saturate: codes meet digits as nibbles.
+struct PlaneCodes {
+    Bytes first, second;
+    explicit PlaneCodes(Bytes x) : first(low_nibbles(x)), second(high_nibbles(x)) {}
+};
+struct ByteCodes {
+    Bytes low, high;
+    explicit ByteCodes(Bytes x) : low(low_nibbles(x)), high(high_nibbles(x)) {}
+    ByteCodes(Bytes lower, Bytes upper) : low(lower), high(upper) {}
+    static ByteCodes of_low(Bytes high, Bytes low) { return {low_nibbles(low), low_nibbles(high)}; }
+    static ByteCodes of_high(Bytes high, Bytes low) { return {high_nibbles(low), high_nibbles(high)}; }
+    Bytes bytes() const {
+        using Words = Vector<uint16_t, kRegisterBytes / 2>;
+        return as<Bytes>(as<Words>(high) << 4) | low;
+    }
+};
+
+// Products of a nibble and a digit of at most 127: two of them sum to at most 2 * 15 * 127 = 3810, and 8 such sums,
+// 30480, stay inside 16 bits.
+constexpr int kWordAdds = 8;
+using Words = Vector<int16_t, 16>;
+inline Words dot2(Words sum, Bytes nibbles, int32_t digits) {
+    return sum + (Words)_mm256_maddubs_epi16((__m256i)nibbles, _mm256_set1_epi32(digits));
+}
+inline Ints widen(Words sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+
+struct PlaneSum {
+    static constexpr int kMost = kWordAdds / 2;
+    Words words{};
+    Ints all{};
+    void add(const PlaneCodes& codes, int32_t digits, int32_t more) {
+        words = dot2(dot2(words, codes.first, digits), codes.second, more);
+    }
+    void settle() {
+        all += widen(words);
+        words = Words{};
+    }
+    Ints total() const { return all; }
+};
+struct ByteSum {
+    static constexpr int kMost = kWordAdds;
+    Words low{}, high{};
+    Ints all{};
+    ByteSum() = default;
+    explicit ByteSum(Ints start) : all(start) {}
+    void add(const ByteCodes& codes, int32_t digits) {
+        low = dot2(low, codes.low, digits);
+        high = dot2(high, codes.high, digits);
+    }
+    void settle() {
+        all += widen(low) + (widen(high) << 4);
+        low = high = Words{};
+    }
+    Ints total() const { return all; }
+};
+
+#endif
+
+// body(i) for i in [0, count), and settle() after at most `most` of them and at the end.
+template <class Body, class Settle>
+inline void in_turns(int count, int most, const Body& body, const Settle& settle) {
+    for (int i = 0; i < count;) {
+        const int end = count - i > most ? i + most : count;
+        for (; i < end; ++i) body(i);
+        settle();
+    }
+}
+
+inline Floats to_floats(Ints x) { return convert<Floats>(x); }
+inline Floats part_of_bfloat16(const uint8_t* from, int part) {
+    return bfloat16_lanes<kPartLanes>(from + 2 * kPartLanes * part);
+}

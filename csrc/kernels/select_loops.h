@@ -1,0 +1,295 @@
+// Kernels of decoding: both planes of the codes of what may be kept, and what is kept of it. Private to loops.h, in its
+// anonymous namespace.
+//
+// A selection goes over its blocks in passes without branches that depend on keys, each leaving its results in the
+// first cache: which blocks are in doubt; estimates from both planes; weights; lists. Guessing such branches wrongly,
+// block by block, cost more than all their arithmetic.
+
+// Estimates of `Blocks` blocks, refined[Blocks][Count][16]. Two blocks share each load of the queries' digits.
+template <int Count, int Blocks>
+inline void refine_together(const uint8_t* const* high, const uint8_t* const* low, int dim, const CodedQuery* queries,
+                            float* refined) {
+    const int pairs = (dim + 7) / 8;
+    for (int part = 0; part < kParts; ++part) {
+        ByteSum first[Blocks][Count], second[Blocks][Count];
+        in_turns(
+            pairs, ByteSum::kMost / 2,
+            [&](int p) {
+                const size_t at = size_t(p) * 64 + size_t(part) * kRegisterBytes;
+                const auto add = [&](const ByteCodes& codes, int k, int from) {
+                    for (int q = 0; q < Count; ++q) {
+                        first[k][q].add(codes, four_digits(queries[q].high + from));
+                        second[k][q].add(codes, four_digits(queries[q].low + from));
+                    }
+                };
+                for (int k = 0; k < Blocks; ++k) {
+                    const Bytes h = load<Bytes>(high[k] + at), l = load<Bytes>(low[k] + at);
+                    add(ByteCodes::of_low(h, l), k, 8 * p);
+                    add(ByteCodes::of_high(h, l), k, 8 * p + 4);
+                }
+            },
+            [&] {
+                for (int k = 0; k < Blocks; ++k)
+                    for (int q = 0; q < Count; ++q) {
+                        first[k][q].settle();
+                        second[k][q].settle();
+                    }
+            });
+        for (int k = 0; k < Blocks; ++k) {
+            const Floats step = part_of_bfloat16(high[k] + size_t(pairs) * 64, part);
+            for (int q = 0; q < Count; ++q) {
+                const CodedQuery& query = queries[q];
+                const Floats coarse = to_floats(first[k][q].total()) - 127.5f * query.high_sum;
+                const Floats fine = to_floats(second[k][q].total()) - 127.5f * query.low_sum;
+                store(refined + (k * Count + q) * 16 + part * kPartLanes,
+                      step * (query.unit * (coarse + fine * (1.0f / 254.0f))) + query.centre);
+            }
+        }
+    }
+}
+
+template <int Count>
+inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
+                        float* estimates, size_t stride, float* maxima) {
+    const size_t bytes = size_t(dim + 7) / 8 * 64;
+    alignas(64) float refined[Count * 16];
+    f32x16 top[Count];
+    for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
+    for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
+        refine_together<Count, 1>(&high, &low, dim, queries, refined);
+        for (int q = 0; q < Count; ++q) {
+            const f32x16 own = load<f32x16>(refined + q * 16);
+            top[q] = max_of(top[q], own);
+            store(estimates + q * stride + block * 16, own);
+        }
+    }
+    for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
+}
+
+void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries, int count,
+            float* estimates, size_t stride, float* maxima) {
+    switch (count) {
+        case 1: return refine_tile<1>(high, low, dim, blocks, queries, estimates, stride, maxima);
+        case 2: return refine_tile<2>(high, low, dim, blocks, queries, estimates, stride, maxima);
+        case 3: return refine_tile<3>(high, low, dim, blocks, queries, estimates, stride, maxima);
+        default: return refine_tile<4>(high, low, dim, blocks, queries, estimates, stride, maxima);
+    }
+}
+
+constexpr int kRefineBlocks = kParts == 1 ? 2 : 1;
+constexpr size_t kBlocksAhead = 6;  // the codes of blocks in doubt lie scattered: they are asked for in time
+
+// Blocks with a key in doubt, by their order; behind the last one it is repeated.
+template <int Count>
+struct Doubtful {
+    size_t count = 0;
+    uint16_t block[kSelectBlocks + kBlocksAhead + 2];
+    uint16_t doubts[kSelectBlocks + 1][Count];             // lanes in doubt
+    alignas(64) float keys[kSelectBlocks + 1][Count][16];  // estimates, then weights from codes
+    uint16_t exact[kSelectBlocks][Count];                  // lanes to read at full precision
+    size_t coded_count = 0;
+    uint16_t coded[kSelectBlocks + 1], coded_lanes[kSelectBlocks + 1];  // which of these blocks, any query's lanes
+
+    void add(size_t at, bool any) {
+        block[count] = uint16_t(at);
+        count += any;
+    }
+};
+
+// By the upper masses of whole blocks, the bounds of single keys, or masks of keys known to reach the threshold. The
+// mass of the rest, from above, is added to omitted[Count].
+template <int Count, Sums Wanted>
+inline void find_doubtful(size_t blocks, const Selection* selection, const float* uppers, size_t stride,
+                          const float* block_masses, size_t mass_stride, const uint16_t* reaching,
+                          Doubtful<Count>& found, f32x16* omitted) {
+    if (block_masses) {
+        uint64_t all = 0, heavy[Count] = {};
+        for (int q = 0; q < Count; ++q) {
+            for (size_t at = 0; at < blocks; at += 16) {
+                const size_t left = blocks - at;
+                const uint32_t valid = left < 16 ? (1u << left) - 1 : 0xffffu;
+                const f32x16 mass = load<f32x16>(block_masses + q * mass_stride + at);
+                const uint32_t reach = mask_not_less(mass, splat(selection[q].mass_from)) & valid;
+                omitted[q] += keep_lanes(valid & ~reach, mass);
+                heavy[q] |= uint64_t(reach) << at;
+            }
+            all |= heavy[q];
+        }
+        for (; all; all &= all - 1) {
+            const int block = __builtin_ctzll(all);
+            for (int q = 0; q < Count; ++q) found.doubts[found.count][q] = uint16_t(-(heavy[q] >> block & 1));
+            found.add(size_t(block), true);
+        }
+    } else if (reaching) {
+        for (size_t block = 0; block < blocks; ++block, reaching += kTile) {
+            uint32_t any = 0;
+            for (int q = 0; q < Count; ++q) any |= found.doubts[found.count][q] = reaching[q];
+            found.add(block, any != 0);
+        }
+    } else {
+        f32x16 threshold[Count];  // hidden keys lie below kLowest and are never in doubt
+        for (int q = 0; q < Count; ++q) threshold[q] = max_of(splat(selection[q].threshold), splat(kLowest));
+        for (size_t block = 0; block < blocks; ++block) {
+            uint32_t any = 0;
+            for (int q = 0; q < Count; ++q) {
+                const f32x16 upper = load<f32x16>(uppers + q * stride + block * 16);
+                const uint32_t doubt = mask_ge(upper, threshold[q]);
+                any |= found.doubts[found.count][q] = uint16_t(doubt);
+                if (Wanted != Sums::none)
+                    omitted[q] += keep_lanes(~doubt & 0xffffu, exp_above(upper, selection[q].reference));
+            }
+            found.add(block, any != 0);
+        }
+    }
+    const uint16_t last = found.count ? found.block[found.count - 1] : uint16_t(0);
+    for (size_t i = 0; i < kBlocksAhead + 2; ++i) found.block[found.count + i] = last;
+}
+
+// What a pass over weights adds up for one query.
+struct WeightSums {
+    f32x16 left{}, sketched{}, band{}, variance{};
+    int64_t kept = 0;
+};
+
+template <int Count, Sums Wanted>
+inline void weigh_doubtful(const uint8_t* high, const uint8_t* low, size_t bytes, const CodedQuery* queries,
+                           const Selection* selection, Doubtful<Count>& found, WeightSums* sums) {
+    for (size_t f = 0; f < found.count; ++f) {
+        const size_t block = found.block[f];
+        const f32x16 step = from_bfloat16(load<u16x16>(high + block * (bytes + 64) + bytes)),
+                     residual8 = from_bfloat16(load<u16x16>(low + block * (bytes + 32) + bytes));
+        const uint32_t uncoded = mask_ge(residual8, splat(kInfinity));
+        uint32_t any = 0;
+        for (int q = 0; q < Count; ++q) {
+            const CodedQuery& query = queries[q];
+            const Selection& own = selection[q];
+            const f32x16 estimate = load<f32x16>(found.keys[f][q]);
+            const uint32_t seen = found.doubts[f][q];
+            const f32x16 band = query.slope8 * residual8 + query.slope8_step * step + query.slack;
+            const f32x16 decisive = own.keep_upper ? estimate + band : estimate;
+            const uint32_t keep = seen & (mask_ge(decisive, splat(own.threshold)) | uncoded);
+            const uint32_t exact = keep & (mask_ge(decisive, splat(own.exact_from)) | uncoded);
+            const uint32_t left = seen & ~keep, coded = keep & ~exact;
+            const f32x16 every = exp_of(estimate - own.reference), weight = keep_lanes(coded, every);
+            store(found.keys[f][q], weight);
+            found.exact[f][q] = uint16_t(exact);
+            sums[q].sketched += weight;
+            sums[q].kept += __builtin_popcount(keep);
+            any |= coded;
+            if (Wanted == Sums::none) continue;
+            // exp(band) - 1 <= growth * band, and a band is finite where a key is coded.
+            const f32x16 error = keep_lanes(coded | left, every * band);
+            sums[q].left += keep_lanes(left, every + own.growth * error);
+            const f32x16 of_coded = keep_lanes(coded, error);
+            sums[q].band += of_coded;
+            if (Wanted == Sums::all) sums[q].variance += of_coded * of_coded;
+        }
+        found.coded[found.coded_count] = uint16_t(f);
+        found.coded_lanes[found.coded_count] = uint16_t(any);
+        found.coded_count += any != 0;
+    }
+}
+
+template <int Count, Sums Wanted>
+inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
+                        int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
+                        const Selection* selection, const float* uppers, size_t stride, const float* block_masses,
+                        size_t mass_stride, const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
+    constexpr int kMaxGroups = kMaxHeadDim / kValueGroup;
+    const size_t bytes = size_t(dim + 7) / 8 * 64;
+    const int groups = (value_dim + kValueGroup - 1) / kValueGroup;
+    const i32x16 lane = lane_numbers();
+    f32x16 omitted[Count] = {};
+    Doubtful<Count> found;
+    find_doubtful<Count, Wanted>(blocks, selection, uppers, stride, block_masses, mass_stride, reaching, found,
+                                 omitted);
+    for (size_t f = 0; f < found.count; f += kRefineBlocks) {
+        const uint8_t *h[kRefineBlocks], *l[kRefineBlocks];
+        for (int k = 0; k < kRefineBlocks; ++k) {
+            h[k] = high + found.block[f + k] * (bytes + 64);
+            l[k] = low + found.block[f + k] * (bytes + 32);
+            const size_t later = found.block[f + kBlocksAhead + k];
+            for (size_t line = 0; line < bytes + 64; line += 64) {
+                __builtin_prefetch(high + later * (bytes + 64) + line);
+                __builtin_prefetch(low + later * (bytes + 32) + line);
+            }
+            if (value_parameters)
+                for (int g = 0; g < groups; ++g)
+                    __builtin_prefetch(value_parameters + (later * size_t(groups) + size_t(g)) * 64);
+        }
+        refine_together<Count, kRefineBlocks>(h, l, dim, queries, found.keys[f][0]);
+    }
+    WeightSums own[Count];
+    weigh_doubtful<Count, Wanted>(high, low, bytes, queries, selection, found, own);
+
+    for (int q = 0; q < Count; ++q) {
+        size_t count = 0;
+        for (size_t f = 0; f < found.count; ++f) {
+            compress(found.exact[f][q], lane + int32_t(first_key + found.block[f] * 16), kept->exact[q] + count);
+            count += size_t(__builtin_popcount(found.exact[f][q]));
+        }
+        kept->exact_count[q] = count;
+        kept->kept[q] = own[q].kept;
+    }
+    size_t count = 0;
+    f32x16 offsets[Count][kMaxGroups];
+    for (int q = 0; q < Count; ++q)
+        for (int g = 0; g < groups; ++g) offsets[q][g] = f32x16{};
+    for (size_t i = 0; i < found.coded_count; ++i) {
+        const size_t f = found.coded[i], block = found.block[f];
+        const uint32_t lanes = found.coded_lanes[i];
+        compress(lanes, lane + int32_t(first_key + block * 16), kept->keys + count);
+        const uint8_t* parameters = value_parameters + block * size_t(groups) * 64;
+        for (int g = 0; g < groups; ++g, parameters += 64) {
+            const f32x16 value_step = from_bfloat16(load<u16x16>(parameters)),
+                         value_offset = from_bfloat16(load<u16x16>(parameters + 32));
+            for (int q = 0; q < Count; ++q) {
+                const f32x16 weight = load<f32x16>(found.keys[f][q]), scaled = weight * value_step;
+                offsets[q][g] += weight * value_offset;
+                compress(lanes, as<i32x16>(scaled),
+                         (uint32_t*)(kept->scaled + size_t(g * kTile + q) * kept->capacity + count));
+            }
+        }
+        count += size_t(__builtin_popcount(lanes));
+    }
+    kept->count = count;
+    sums->refined += int64_t(found.count);
+    for (int q = 0; q < Count; ++q) {
+        sums->omitted[q] += sum_of(omitted[q]);
+        sums->left[q] += sum_of(own[q].left);
+        sums->sketched[q] += sum_of(own[q].sketched);
+        sums->weight_band[q] += sum_of(own[q].band);
+        sums->weight_var[q] += sum_of(own[q].variance) / dim;
+        for (int g = 0; g < groups; ++g) {
+            sums->offsets[q * groups + g] += sum_of(offsets[q][g]);
+            if (Wanted != Sums::all) continue;
+            float* scaled = kept->scaled + size_t(g * kTile + q) * kept->capacity;
+            store(scaled + count, f32x16{});  // there is room for 16 more
+            f32x16 steps = {}, squares = {};
+            for (size_t i = 0; i < count; i += 16) {
+                const f32x16 here = load<f32x16>(scaled + i);
+                steps += here;
+                squares += here * here;
+            }
+            sums->steps[q * groups + g] += sum_of(steps);
+            sums->squares[q * groups + g] += sum_of(squares);
+        }
+    }
+}
+
+void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
+            size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
+            Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
+            const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
+#define HSR_SELECT(N, WANTED)                                                                                          \
+    select_tile<N, WANTED>(high, low, value_parameters, dim, value_dim, blocks, first_key, queries, selection, uppers, \
+                           stride, block_masses, mass_stride, reaching, kept, sums)
+#define HSR_CASE(N)                                                   \
+    case N:                                                           \
+        return wanted == Sums::all      ? HSR_SELECT(N, Sums::all)    \
+               : wanted == Sums::masses ? HSR_SELECT(N, Sums::masses) \
+                                        : HSR_SELECT(N, Sums::none);
+    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
+#undef HSR_CASE
+#undef HSR_SELECT
+}
