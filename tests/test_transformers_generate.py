@@ -196,7 +196,7 @@ def several(request, monkeypatch):
     """Answer several new positions at once by reports, or by one dense pass as for few keys."""
     keys = 0 if request.param == "sparse" else 10**9
     monkeypatch.setattr(answering, "KEYS_PER_POSITION", keys)
-    monkeypatch.setattr(answering, "PROMPT_KEYS", keys)
+    monkeypatch.setattr(answering, "prompt_keys", lambda: keys)
     return request.param
 
 

@@ -12,7 +12,7 @@ from test_transformers_generate import EVERYTHING, llama, prompt  # noqa: E402
 
 pytestmark = pytest.mark.transformers
 
-LONG = answering.PROMPT_KEYS + 60
+LONG = int(answering.prompt_keys()) + 60
 
 
 @pytest.fixture

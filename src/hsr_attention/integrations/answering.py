@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hsr_attention import _native
 from hsr_attention.integrations.masks import is_causal_padding, matrix
 from hsr_attention.policies import Policy, ReLUPolicy
 
 if TYPE_CHECKING:
     from hsr_attention.integrations.layer import HSRLayer
 
-# A prompt is answered by its policy from this many keys on. Below, torch's dense attention is exact
-# and as fast (measured with 9/3 heads, d = 64, two threads: at 512 keys the times are equal).
-PROMPT_KEYS = 1024
+# A prompt is answered by its policy from this many keys on, by instruction set. Below, torch's dense
+# attention is exact and as fast; so it is at any length where an instruction set is not listed
+# (measured with 9/3 heads, d = 64, two threads, float32: docs/limits.md).
+PROMPT_KEYS = {"avx512": 1024, "avxvnni": 1024, "avx2": 4096}
 # The kernel for prompts takes this many rows, positions times the query heads of a key head.
 PROMPT_ROWS = 24
 # Fewer new positions (speculative decoding) share one dense pass over the keys, which is exact, and
@@ -33,11 +36,21 @@ def reports_prompts(policy: Policy) -> bool:
     return isinstance(policy, ReLUPolicy) or policy.top_r is None
 
 
+def prompt_keys() -> float:
+    """Return how many keys a prompt must see to be answered by its policy; infinite: never."""
+    return PROMPT_KEYS.get(_native.isa_in_use(), math.inf)
+
+
 def prompt_path(policy: Policy) -> str:
     """Say in words which way prompts go."""
     if isinstance(policy, ReLUPolicy):
         return "sparse"
-    return f"sparse from {PROMPT_KEYS:,} keys on" if reports_prompts(policy) else "dense (top_r)"
+    if not reports_prompts(policy):
+        return "dense (top_r)"
+    keys = prompt_keys()
+    return (
+        f"sparse from {keys:,} keys on" if keys < math.inf else f"dense ({_native.isa_in_use()})"
+    )
 
 
 def _dense_is_better(policy: Policy, m: int, rows: int, n: int) -> bool:
@@ -45,7 +58,7 @@ def _dense_is_better(policy: Policy, m: int, rows: int, n: int) -> bool:
     if m == 1:
         return False
     if rows >= PROMPT_ROWS and reports_prompts(policy):
-        return n < PROMPT_KEYS
+        return n < prompt_keys()
     return m * KEYS_PER_POSITION > n
 
 
