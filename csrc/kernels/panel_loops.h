@@ -249,12 +249,46 @@ inline void accumulate_strip(const uint8_t* rows, size_t stride, const uint32_t*
     for (int j = 0; j < Wide; ++j) store(accumulator + at + 16 * j, total[j]);
 }
 
+// The same for 64 coordinates in bfloat16.
+inline void accumulate_bfloat16(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
+                                size_t count, int at, float* accumulator) {
+    constexpr int kChains = kParts == 1 ? 4 : 1;
+    Halves total[2];
+    for (int j = 0; j < 2; ++j) total[j] = take_apart(accumulator + at + 32 * j);
+    for (size_t first = 0; first < count; first += kSumPiece) {
+        const size_t end = first + kSumPiece < count ? first + kSumPiece : count;
+        Halves sum[kChains][2] = {};
+        const auto add = [&](size_t i, Halves* own) {
+            const uint8_t* row = rows + keys[i] * stride + 2 * at;
+            for (int j = 0; j < 2; ++j) {
+                const Halves value = bfloat16_halves(row + 64 * j);
+                own[j].even += weights[i] * value.even;
+                own[j].odd += weights[i] * value.odd;
+            }
+        };
+        size_t i = first;
+        for (; i + kChains <= end; i += kChains)
+            for (int c = 0; c < kChains; ++c) add(i + size_t(c), sum[c]);
+        for (; i < end; ++i) add(i, sum[0]);
+        for (int c = 0; c < kChains; ++c)
+            for (int j = 0; j < 2; ++j) {
+                total[j].even += sum[c][j].even;
+                total[j].odd += sum[c][j].odd;
+            }
+    }
+    for (int j = 0; j < 2; ++j) put_together(total[j], accumulator + at + 32 * j);
+}
+
 template <Dtype Type>
 inline void accumulate_typed(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
                              size_t count, int dim, float* accumulator) {
     int at = 0;
-    for (; at + 64 <= dim; at += 64)
-        accumulate_strip<Type, 4, false>(rows, stride, keys, weights, count, at, 16, accumulator);
+    for (; at + 64 <= dim; at += 64) {
+        if constexpr (Type == Dtype::bfloat16)
+            accumulate_bfloat16(rows, stride, keys, weights, count, at, accumulator);
+        else
+            accumulate_strip<Type, 4, false>(rows, stride, keys, weights, count, at, 16, accumulator);
+    }
     for (; at + 16 <= dim; at += 16)
         accumulate_strip<Type, 1, false>(rows, stride, keys, weights, count, at, 16, accumulator);
     if (at < dim)  // accumulators are padded to 16
@@ -333,9 +367,21 @@ template <Dtype Type, int Dim>
 inline void dot_typed(const uint8_t* rows, size_t stride, const uint32_t* keys, size_t count, const float* query,
                       int any_dim, float scale, float* out) {
     const int dim = Dim ? Dim : any_dim, whole = dim / 16 * 16;
+    constexpr bool kApart = Type == Dtype::bfloat16 && Dim > 0;  // Dim is a multiple of 32 then
+    Halves apart[kApart ? Dim / 32 : 1];
+    if constexpr (kApart)
+        for (int j = 0; j < Dim / 32; ++j) apart[j] = take_apart(query + 32 * j);
     const auto dot = [&](size_t key) {
         const uint8_t* row = rows + key * stride;
         f32x16 sum[2] = {};
+        if constexpr (kApart) {
+            for (int j = 0; j < Dim / 32; ++j) {
+                const Halves x = bfloat16_halves(row + 64 * j);
+                sum[0] += x.even * apart[j].even;
+                sum[1] += x.odd * apart[j].odd;
+            }
+            return sum[0] + sum[1];
+        }
         for (int at = 0; at < whole; at += 16) sum[at / 16 % 2] += load_row(Type, row, at) * load<f32x16>(query + at);
         if (whole < dim) sum[1] += load_row_part(Type, row, whole, dim - whole) * load<f32x16>(query + whole);
         return sum[0] + sum[1];

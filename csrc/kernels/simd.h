@@ -1,13 +1,29 @@
 // The operations on lanes that differ by level, or that every kernel needs. Private to loops.h, in its anonymous
 // namespace.
 
+// a > b ? a : b, so b where one is NaN. The instructions by name: compilers make a comparison and a choice of it.
+#if defined(__AVX512F__)
+inline f32x16 max_of(const f32x16& a, const f32x16& b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
+inline f32x16 min_of(const f32x16& a, const f32x16& b) { return (f32x16)_mm512_min_ps((__m512)a, (__m512)b); }
+inline i32x16 max_of(const i32x16& a, const i32x16& b) { return (i32x16)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+inline i32x16 min_of(const i32x16& a, const i32x16& b) { return (i32x16)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+inline f32x8 max_of(const f32x8& a, const f32x8& b) { return (f32x8)_mm256_max_ps((__m256)a, (__m256)b); }
+inline f32x8 min_of(const f32x8& a, const f32x8& b) { return (f32x8)_mm256_min_ps((__m256)a, (__m256)b); }
+inline i32x8 max_of(const i32x8& a, const i32x8& b) { return (i32x8)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+inline i32x8 min_of(const i32x8& a, const i32x8& b) { return (i32x8)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+#endif
 template <class V>
 inline V max_of(const V& a, const V& b) {
-    return select(a > b, a, b);
+    if constexpr (Shape<V>::pair) return {max_of(a.low, b.low), max_of(a.high, b.high)};
+    else
+        return select(a > b, a, b);
 }
 template <class V>
 inline V min_of(const V& a, const V& b) {
-    return select(a < b, a, b);
+    if constexpr (Shape<V>::pair) return {min_of(a.low, b.low), min_of(a.high, b.high)};
+    else
+        return select(a < b, a, b);
 }
 inline f32x16 abs_of(f32x16 a) { return as<f32x16>(as<i32x16>(a) & 0x7fffffff); }
 inline f32x16 to_float16lanes(i32x16 x) { return convert<f32x16>(x); }
@@ -232,4 +248,41 @@ inline f32x16 load_row_part(Dtype dtype, const void* row, int at, int lanes) {
     u16x16 bits = {};
     __builtin_memcpy(&bits, (const uint16_t*)row + at, size_t(lanes) * 2);
     return dtype == Dtype::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
+}
+
+// Two bfloat16 numbers stand in 32 bits: as float32, the lower one is a shift and the upper one a mask, half the work of
+// widening them in order. So 32 coordinates are taken apart into the even and the odd ones, and put together again.
+struct Halves {
+    f32x16 even, odd;
+};
+inline Halves bfloat16_halves(const void* from) {
+    const u32x16 both = load<u32x16>(from);
+    return {as<f32x16>(both << 16), as<f32x16>(both & 0xffff0000u)};
+}
+inline Halves take_apart(const float* x) {
+#if defined(__AVX512F__)
+    const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+    const __m512i even = _mm512_slli_epi32((__m512i)lane_numbers(), 1);
+    return {(f32x16)_mm512_permutex2var_ps(low, even, high),
+            (f32x16)_mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high)};
+#else
+    float even[16], odd[16];
+    for (int i = 0; i < 16; ++i) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
+    return {load<f32x16>(even), load<f32x16>(odd)};
+#endif
+}
+inline void put_together(const Halves& halves, float* x) {
+#if defined(__AVX512F__)
+    const __m512i lane = (__m512i)lane_numbers();
+    const __m512i half = _mm512_srli_epi32(lane, 1);  // 0 0 1 1 ..., from the odd ones in every other lane
+    const __m512i from = _mm512_or_si512(half, _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(1)), 4));
+    _mm512_storeu_ps(x, _mm512_permutex2var_ps((__m512)halves.even, from, (__m512)halves.odd));
+    _mm512_storeu_ps(x + 16, _mm512_permutex2var_ps((__m512)halves.even, _mm512_add_epi32(from, _mm512_set1_epi32(8)),
+                                                    (__m512)halves.odd));
+#else
+    float even[16], odd[16];
+    store(even, halves.even);
+    store(odd, halves.odd);
+    for (int i = 0; i < 16; ++i) x[2 * i] = even[i], x[2 * i + 1] = odd[i];
+#endif
 }
