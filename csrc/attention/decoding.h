@@ -21,7 +21,7 @@ constexpr size_t kWorkspaceFloats = 4u << 20;  // estimates alive at once: 16 Mi
 constexpr size_t kSampleBlocks = 64;           // read to guess where epsilon of the mass is reached
 
 // A band of 4-bit estimates above this many nats decides little: scan both planes at once.
-constexpr double kWideBand = 6.0;
+constexpr double kWideBand = 12.0;
 // A block is refined when its 16 keys together may weigh as much as this many keys at the threshold.
 constexpr float kBlockWeight = 8.0f;
 // Of a float32 weight exp(x), relative: 2e-7 (1 + |x|), and x lies between -87, below which it is 0, and the band.
