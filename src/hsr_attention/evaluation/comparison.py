@@ -75,6 +75,7 @@ def run_hsr(
 ) -> Run:
     """Generate ``count`` tokens after ``ids`` through ``HSRCache``."""
     watch = watch or Watch()
+    generation.warm_up(model, ids)
     memory.reset_peak()
     cache = generation.hsr_cache(model, policy, storage=storage)
     start = time.perf_counter()
@@ -108,6 +109,7 @@ def run_dense(
     """
     watch = watch or Watch()
     gc.collect()
+    generation.warm_up(model, ids)
     memory.reset_peak()
     cache = generation.dense_cache(model)
     n = ids.shape[1]
