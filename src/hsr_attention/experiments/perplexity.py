@@ -299,7 +299,7 @@ def findings(data: dict[str, Any]) -> list[str]:
             f"{near[0] if near else '> n'} to stay within 2 %; at r = {least} it costs "
             f"{100 * (drop[least] / dense - 1):+.0f} %, since the top {least} hold only "
             f"{outside[least]:.0%} of the mass. With codes the "
-            f"same r = {least} costs {100 * (codes[least] / dense - 1):+.1f} %."
+            f"same r = {least} costs {100 * (codes[least] / dense - 1):+.2f} %."
         )
         for q in _points(p, "epsilon"):
             if q["value"] == 0.03:
