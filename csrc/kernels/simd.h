@@ -15,13 +15,15 @@ inline i32x8 min_of(const i32x8& a, const i32x8& b) { return (i32x8)_mm256_min_e
 #endif
 template <class V>
 inline V max_of(const V& a, const V& b) {
-    if constexpr (Shape<V>::pair) return {max_of(a.low, b.low), max_of(a.high, b.high)};
+    if constexpr (Shape<V>::pair)
+        return {max_of(a.low, b.low), max_of(a.high, b.high)};
     else
         return select(a > b, a, b);
 }
 template <class V>
 inline V min_of(const V& a, const V& b) {
-    if constexpr (Shape<V>::pair) return {min_of(a.low, b.low), min_of(a.high, b.high)};
+    if constexpr (Shape<V>::pair)
+        return {min_of(a.low, b.low), min_of(a.high, b.high)};
     else
         return select(a < b, a, b);
 }
@@ -250,8 +252,8 @@ inline f32x16 load_row_part(Dtype dtype, const void* row, int at, int lanes) {
     return dtype == Dtype::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
-// Two bfloat16 numbers stand in 32 bits: as float32, the lower one is a shift and the upper one a mask, half the work of
-// widening them in order. So 32 coordinates are taken apart into the even and the odd ones, and put together again.
+// Two bfloat16 numbers stand in 32 bits: as float32, the lower one is a shift and the upper one a mask, half the work
+// of widening them in order. So 32 coordinates are taken apart into the even and the odd ones, and put together again.
 struct Halves {
     f32x16 even, odd;
 };
