@@ -35,6 +35,14 @@ inline Ints dot4(Ints sum, Bytes codes, int32_t digits) {
     const __m128 low = _mm_castsi128_ps(_mm_madd_epi16(_mm_unpacklo_epi8((__m128i)codes, zero), twice)),
                  high = _mm_castsi128_ps(_mm_madd_epi16(_mm_unpackhi_epi8((__m128i)codes, zero), twice));
     return sum + (Ints)_mm_shuffle_ps(low, high, 0x88) + (Ints)_mm_shuffle_ps(low, high, 0xdd);
+#elif defined(__aarch64__)
+    // A product fits 16 bits: 255 * 127 = 32,385.
+    const int16x8_t twice = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(digits)));
+    const auto products = [&](uint8x8_t two_keys) {
+        return vpaddlq_s16(vmulq_s16(vreinterpretq_s16_u16(vmovl_u8(two_keys)), twice));
+    };
+    const uint8x16_t all = (uint8x16_t)codes;
+    return sum + (Ints)vpaddq_s32(products(vget_low_u8(all)), products(vget_high_u8(all)));
 #else
     using Unsigned = Vector<uint32_t, kPartLanes>;
     const Unsigned bytes = as<Unsigned>(codes);

@@ -218,3 +218,36 @@ inline i32x16 lane_numbers() {
     alignas(64) static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return load<i32x16>(numbers);
 }
+
+#if !defined(__AVX512F__)
+// A bit for each lane of a comparison.
+template <class Truth>
+inline uint32_t bits_of(const Truth& truth) {
+    constexpr int lanes = Shape<Truth>::lanes;
+    constexpr bool wide = sizeof(typename Shape<Truth>::Lane) == 8;
+    if constexpr (Shape<Truth>::pair) {
+        return bits_of(truth.low) | bits_of(truth.high) << (lanes / 2);
+    } else {
+#if defined(__AVX2__)
+        if constexpr (wide)
+            return uint32_t(_mm256_movemask_pd((__m256d)truth));
+        else
+            return uint32_t(_mm256_movemask_ps((__m256)truth));
+#elif defined(__SSE2__)
+        if constexpr (wide)
+            return uint32_t(_mm_movemask_pd((__m128d)truth));
+        else
+            return uint32_t(_mm_movemask_ps((__m128)truth));
+#elif defined(__aarch64__)
+        if constexpr (wide)
+            return uint32_t(truth[0] & 1) | uint32_t(truth[1] & 2);
+        else
+            return vaddvq_u32(vandq_u32((uint32x4_t)truth, uint32x4_t{1, 2, 4, 8}));
+#else
+        uint32_t mask = 0;
+        for (int i = 0; i < lanes; ++i) mask |= uint32_t(truth[i] & 1) << i;
+        return mask;
+#endif
+    }
+}
+#endif

@@ -1,6 +1,8 @@
 // Every kernel, once. Included by one file per level with HSR_LEVEL set; see README.md.
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <cstddef>

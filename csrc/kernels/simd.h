@@ -91,9 +91,6 @@ inline void sums_of_4(const f32x16* x, float* out) {
 
 #if defined(__AVX2__)
 inline __m256i half_of(const i32x16& x, int half) { return (__m256i)(half ? x.high : x.low); }
-inline uint32_t bits_of(const i32x16& truth) {
-    return uint32_t(_mm256_movemask_ps((__m256)truth.low)) | uint32_t(_mm256_movemask_ps((__m256)truth.high)) << 8;
-}
 inline void sums_of_4(const f32x16* x, float* out) {
     __m256 eights[4];
     for (int i = 0; i < 4; ++i) eights[i] = (__m256)(x[i].low + x[i].high);
@@ -101,13 +98,6 @@ inline void sums_of_4(const f32x16* x, float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 #else
-inline uint32_t bits_of(const i32x16& truth) {
-    int32_t lanes[16];
-    store(lanes, truth);
-    uint32_t mask = 0;
-    for (int i = 0; i < 16; ++i) mask |= uint32_t(lanes[i] & 1) << i;
-    return mask;
-}
 inline void sums_of_4(const f32x16* x, float* out) {
     for (int i = 0; i < 4; ++i) out[i] = sum_of(x[i]);
 }

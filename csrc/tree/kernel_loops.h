@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, false, inside avx512fintrin.h
@@ -38,30 +40,6 @@ inline unsigned not_below(f32x8 x, float threshold) {  // NaN is not below
     return _mm256_cmp_ps_mask((__m256)x, _mm256_set1_ps(threshold), _CMP_NLT_UQ);
 }
 #else
-// A bit for each lane of a comparison.
-template <class Truth>
-inline unsigned bits_of(const Truth& truth) {
-    constexpr int lanes = Shape<Truth>::lanes;
-    if constexpr (Shape<Truth>::pair) {
-        return bits_of(truth.low) | bits_of(truth.high) << (lanes / 2);
-    } else {
-#if defined(__AVX2__)
-        if constexpr (lanes == 4)
-            return unsigned(_mm256_movemask_pd((__m256d)truth));
-        else
-            return unsigned(_mm256_movemask_ps((__m256)truth));
-#elif defined(__SSE2__)
-        if constexpr (lanes == 2)
-            return unsigned(_mm_movemask_pd((__m128d)truth));
-        else
-            return unsigned(_mm_movemask_ps((__m128)truth));
-#else
-        unsigned mask = 0;
-        for (int i = 0; i < lanes; ++i) mask |= unsigned(truth[i] & 1) << i;
-        return mask;
-#endif
-    }
-}
 inline unsigned at_least(f64x8 x, double threshold) { return bits_of(x >= threshold); }
 inline unsigned below(f64x8 x, double threshold) { return bits_of(x < threshold); }
 inline unsigned not_below(f32x8 x, float threshold) { return bits_of(~(x < threshold)); }  // NaN is not below

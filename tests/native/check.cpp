@@ -1,0 +1,224 @@
+// The native core against float64, without Python: for machines whose Python cannot be run here. Prints a line a check;
+// the exit code is the number of checks that failed. tests/test_other_machines.py builds and runs it.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "attention/prefill.h"
+#include "index/flat_index.h"
+#include "index/sketch_index.h"
+#include "kernels/kernels.h"
+#include "threads.h"
+#include "tree/convex_layers.h"
+#include "tree/forest.h"
+#include "tree/partition_tree.h"
+
+using namespace hsr;
+
+namespace {
+
+int failed = 0;
+
+void check(const std::string& what, bool fine, const std::string& found) {
+    std::printf("%-44s %s  %s\n", what.c_str(), found.c_str(), fine ? "ok" : "WRONG");
+    failed += !fine;
+}
+
+float bfloat16_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits &= 0xffff0000u;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// [heads, tokens, dim], in the dtype and as float32.
+struct Rows {
+    int64_t heads, tokens, dim;
+    Dtype dtype;
+    std::vector<float> exact;
+    std::vector<uint8_t> bytes;
+
+    Rows(int64_t h, int64_t n, int64_t d, Dtype type, std::mt19937& rng, float spread)
+        : heads(h), tokens(n), dim(d), dtype(type), exact(size_t(h * n * d)) {
+        std::normal_distribution<float> normal;
+        std::vector<float> common(static_cast<size_t>(d));
+        for (float& x : common) x = spread * normal(rng);
+        for (size_t i = 0; i < exact.size(); ++i) exact[i] = normal(rng) + common[i % size_t(d)];
+        bytes.resize(exact.size() * item_size(type));
+        for (size_t i = 0; i < exact.size(); ++i) {
+            if (type == Dtype::bfloat16) {
+                exact[i] = bfloat16_of(exact[i]);
+                uint32_t bits;
+                std::memcpy(&bits, &exact[i], 4);
+                const uint16_t half = uint16_t(bits >> 16);
+                std::memcpy(bytes.data() + 2 * i, &half, 2);
+            } else {
+                std::memcpy(bytes.data() + 4 * i, &exact[i], 4);
+            }
+        }
+    }
+    TokenArray array(int64_t from = 0) const {
+        return {dtype,
+                bytes.data() + size_t(from * dim) * item_size(dtype),
+                1,
+                heads,
+                tokens - from,
+                dim,
+                heads * tokens * dim,
+                tokens * dim,
+                dim,
+                1};
+    }
+    const float* row(int64_t h, int64_t t) const { return exact.data() + size_t((h * tokens + t) * dim); }
+};
+
+double dot(const float* a, const float* b, int64_t dim) {
+    double sum = 0;
+    for (int64_t i = 0; i < dim; ++i) sum += double(a[i]) * b[i];
+    return sum;
+}
+
+void attention(Dtype dtype, int64_t dim, int64_t m, Rule rule, std::mt19937& rng) {
+    const int64_t n = 3000 + 5, kv_heads = 2, group = 3, heads = kv_heads * group;
+    const Rows keys(kv_heads, n, dim, dtype, rng, 1.0f), values(kv_heads, n, dim, dtype, rng, 0.5f);
+    const Rows queries(heads, m, dim, dtype, rng, 0.7f);
+    LayerCache cache(1, int(kv_heads), int(dim), int(dim), dtype, true);
+    cache.append(keys.array(), values.array());
+    AttendSettings settings;
+    settings.rule = rule;
+    settings.scale = 1.5 / std::sqrt(double(dim));
+    settings.epsilon = 0.03;
+    settings.power = 2;
+    std::vector<int64_t> visible;
+    for (int64_t i = 0; i < m; ++i) visible.push_back(n - m + i + 1);
+    const size_t rows = size_t(heads * m);
+    // ReLU: what a tenth of the keys reach, about.
+    std::vector<double> thresholds(rows);
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t i = 0; i < m; ++i) {
+            std::vector<double> logits;
+            for (int64_t j = 0; j < visible[size_t(i)]; j += 7)
+                logits.push_back(settings.scale * dot(queries.row(h, i), keys.row(h / group, j), dim));
+            std::nth_element(logits.begin(), logits.begin() + int64_t(logits.size() / 10), logits.end(),
+                             std::greater<>());
+            thresholds[size_t(h * m + i)] = logits[logits.size() / 10];
+        }
+    const bool relu = rule == Rule::relu;
+    const AttendQueries call{queries.array(), visible.data(), relu ? thresholds.data() : nullptr, nullptr, 0, 0};
+    std::vector<float> out(rows * size_t(dim)), facts(5 * rows);
+    float* fact = facts.data();
+    const AttendResult result{out.data(), fact, fact + rows, fact + 2 * rows, fact + 3 * rows, fact + 4 * rows};
+    const bool prompt = prefill_serves(cache, settings, call);
+    if (prompt)
+        prefill(cache, settings, call, result);
+    else
+        attend(cache, settings, call, result);
+    double error = 0, size = 0;
+    int64_t broken = 0;
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t i = 0; i < m; ++i) {
+            std::vector<double> logits, exact(static_cast<size_t>(dim));
+            for (int64_t j = 0; j < visible[size_t(i)]; ++j)
+                logits.push_back(settings.scale * dot(queries.row(h, i), keys.row(h / group, j), dim));
+            const double top = *std::max_element(logits.begin(), logits.end());
+            double mass = 0;
+            for (size_t j = 0; j < logits.size(); ++j) {
+                const double excess = logits[j] - thresholds[size_t(h * m + i)];
+                const double weight = relu ? (excess > 0 ? excess * excess : 0) : std::exp(logits[j] - top);
+                mass += weight;
+                for (int64_t c = 0; c < dim; ++c) exact[size_t(c)] += weight * values.row(h / group, int64_t(j))[c];
+            }
+            double worst = 0, squares = 0, norm = 0;
+            for (int64_t c = 0; c < dim; ++c) {
+                const double e = exact[size_t(c)] / mass, found = out[size_t((h * m + i) * dim + c)];
+                worst = std::max(worst, std::fabs(e - found));
+                squares += (e - found) * (e - found);
+                norm += e * e;
+            }
+            broken += worst > fact[h * m + i];
+            error += std::sqrt(squares);
+            size += std::sqrt(norm);
+        }
+    const std::string what = std::string(relu ? "relu" : "softmax") + (prompt ? ", prompt" : ", decoding") +
+                             (dtype == Dtype::float32 ? ", float32" : ", bfloat16") + ", d = " + std::to_string(dim);
+    char found[96];
+    std::snprintf(found, sizeof found, "error %.2e, certificates broken %lld of %zu", error / size,
+                  static_cast<long long>(broken), rows);
+    check(what, broken == 0 && error / size < (relu ? 1e-5 : 0.02), found);
+}
+
+template <class Index>
+void sketched(const char* name, int dim, std::mt19937& rng) {
+    const int64_t n = 5000, m = 20;
+    const Rows keys(1, n, dim, Dtype::float32, rng, 0.5f), queries(1, m, dim, Dtype::float32, rng, 0.0f);
+    Index index(dim, Dtype::float32);
+    index.append(keys.array());
+    std::vector<double> thresholds(size_t(m), 1.3 * std::sqrt(double(dim)));
+    const ReportArrays found = index.report(queries.exact.data(), thresholds.data(), size_t(m));
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < m; ++i) {
+        std::set<int64_t> reported(found.indices.begin() + found.indptr[size_t(i)],
+                                   found.indices.begin() + found.indptr[size_t(i) + 1]);
+        for (int64_t j = 0; j < n; ++j)
+            wrong += (dot(queries.row(0, i), keys.row(0, j), dim) >= thresholds[0]) != (reported.count(j) == 1);
+    }
+    check(std::string(name) + ", d = " + std::to_string(dim), wrong == 0 && !found.indices.empty(),
+          std::to_string(found.indices.size()) + " reported, " + std::to_string(wrong) + " wrong");
+}
+
+template <class Structure>
+void structure(const char* name, int dim, std::mt19937& rng) {
+    const int64_t n = 20000, m = 20;
+    const Rows keys(1, n, dim, Dtype::float32, rng, 0.0f), queries(1, m, dim, Dtype::float32, rng, 0.0f);
+    std::vector<int64_t> ids(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) ids[size_t(i)] = i;
+    tree::Forest forest(dim);
+    std::shared_ptr<tree::StaticIndex> part;
+    if constexpr (std::is_same_v<Structure, tree::ConvexLayers>)
+        part = std::make_shared<Structure>(n, keys.exact.data(), ids.data());
+    else
+        part = std::make_shared<Structure>(dim, n, keys.exact.data(), ids.data(), 32);
+    forest.replace_from(0, part, n);
+    std::vector<double> thresholds;
+    for (int64_t i = 0; i < m; ++i)
+        thresholds.push_back(2.2 * std::sqrt(dot(queries.row(0, i), queries.row(0, i), dim)));
+    const tree::Report found = forest.report(queries.exact.data(), m, thresholds.data());
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < m; ++i) {
+        std::set<int64_t> reported(found.ids.data() + found.indptr[size_t(i)],
+                                   found.ids.data() + found.indptr[size_t(i) + 1]);
+        for (int64_t j = 0; j < n; ++j)
+            wrong += (dot(queries.row(0, i), keys.row(0, j), dim) >= thresholds[size_t(i)]) != (reported.count(j) == 1);
+    }
+    check(std::string(name) + ", d = " + std::to_string(dim), wrong == 0 && found.indptr.back() > 0,
+          std::to_string(found.indptr.back()) + " reported, " + std::to_string(wrong) + " wrong");
+}
+
+}  // namespace
+
+int main() {
+    std::mt19937 rng(1);
+    set_num_threads(2);
+    for (const std::string& level : isa_available()) {
+        use_isa(level);
+        std::printf("-- %s\n", level.c_str());
+        for (Dtype dtype : {Dtype::float32, Dtype::bfloat16})
+            for (Rule rule : {Rule::epsilon, Rule::relu})
+                for (int64_t m : {1, 40})
+                    for (int64_t dim : {64, 80}) attention(dtype, dim, m, rule, rng);
+        sketched<SketchIndex>("sketch index", 64, rng);
+        sketched<FlatIndex>("flat index", 24, rng);
+        structure<tree::ConvexLayers>("convex layers", 2, rng);
+        for (int dim : {3, 5}) structure<tree::PartitionTree>("partition tree", dim, rng);
+    }
+    return failed;
+}
