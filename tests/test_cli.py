@@ -394,6 +394,14 @@ def test_the_relu_demo_runs_by_its_own_policy(run, tmp_path):
 
 
 @needs_torch
+def test_relu_attention_in_a_softmax_model_is_noted(run, model, prompt):
+    words = ("--max-new-tokens", "2", "--policy", "attention=relu,threshold=0", "--json")
+    code, out, err = run("generate", "--model", model, "--prompt-file", prompt, *words)
+    assert code == 0 and json.loads(out)
+    assert "note:" in err and "was trained with softmax attention" in err
+
+
+@needs_torch
 def test_out_of_memory_is_a_failure(run, model, prompt, monkeypatch):
     from hsr_attention.evaluation import generation
 

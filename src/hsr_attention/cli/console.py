@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,11 @@ def out() -> Console:
     """Return the console of stdout; wide where it is not a screen."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+def note(text: str) -> None:
+    """Say on stderr what the user should know, one line."""
+    print(f"hsr: note: {text}", file=sys.stderr)
 
 
 def progress(unit: str = "tokens") -> Progress:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hsr_attention.cli import console
 from hsr_attention.evaluation.environment import machine as machine
 from hsr_attention.evaluation.errors import InputError
 from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
@@ -309,6 +310,11 @@ def fitting(policy: Policy | None, loaded: Any) -> Policy:
         raise InputError(
             f"{loaded.source.name} was trained with ReLU attention: leave --policy out, or use "
             "attention=relu,threshold=..."
+        )
+    if isinstance(policy, ReLUPolicy) and not isinstance(own, ReLUPolicy):
+        console.note(
+            f"{loaded.source.name} was trained with softmax attention: under ReLU attention it is "
+            "another model, and its text is not the one it learnt to write"
         )
     return policy or own
 
