@@ -50,8 +50,9 @@ void Attend::prepare_wave(size_t first, size_t count, size_t tiles_per_head, siz
     parallel_for(queries_of_wave_.size(), queries_of_wave_.size() < 16 ? 1 : num_threads(),
                  [&](size_t i) { prepare(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second); });
     for (Tile& tile : tiles_) {
-        tile.scan = kind_of_scan(tile, cache_.key_sketch(store_head(tile)));
-        const bool plain = tile.blocks && tile.scan == Scan::four && !hides(tile, 0, tile.blocks * kBlock);
+        const bool all_seen = tile.blocks && !hides(tile, 0, tile.blocks * kBlock);
+        tile.scan = kind_of_scan(tile, all_seen && settings_.rule == Rule::epsilon);
+        const bool plain = all_seen && tile.scan == Scan::four;
         tile.fused = plain && relu();
         tile.by_block = plain && settings_.rule == Rule::epsilon;
         // With block masses only the keys left out after refinement are guessed from the sample.
@@ -110,7 +111,8 @@ void Attend::prepare(Tile& tile, int q) const {
     }
 }
 
-Scan Attend::kind_of_scan(Tile& tile, const KeySketch& sketch) const {
+Scan Attend::kind_of_scan(Tile& tile, bool by_block) const {
+    const KeySketch& sketch = cache_.key_sketch(store_head(tile));
     std::fill(tile.likely, tile.likely + kTile, 1.0);
     if (!tile.blocks) return Scan::four;
     const auto& extent = sketch.extent();
@@ -125,7 +127,7 @@ Scan Attend::kind_of_scan(Tile& tile, const KeySketch& sketch) const {
             return Scan::full;
         }
         tile.likely[q] = std::exp(-mean4);
-        if (!(worst4 < kSafeBand) || mean4 > kWideBand) kind = Scan::eight;
+        if (!(worst4 < kSafeBand) || mean4 > (by_block ? kWideBandOfBlocks : kWideBand)) kind = Scan::eight;
     }
     if (kind == Scan::eight)
         for (int q = 0; q < tile.count; ++q) {

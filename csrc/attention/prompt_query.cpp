@@ -138,9 +138,10 @@ void Prefill::certify(const Row& row, int head, double mass, const float* stands
     const AnswerBound found = bound_answer(
         cache_.value_sketch(head), out, {all, omitted + row.doubtful + exact_error, row.stand_in},
         [&](size_t) { return row.blurred; }, [&](size_t j) { return std::fabs(stands[j] - row.stand_in * out[j]); });
-    // Float32 sums, panel by panel: chains of at most a panel's keys and one term a panel.
-    const double chain =
-        double(std::min<int64_t>(row.kept, int64_t(kPanelKeys))) + 2 * double(row.blocks / kPanelBlocks) + 64.0;
+    // Float32 sums: chains of at most kSumPiece terms, and of a panel one term for each such piece of its keys, for
+    // each of its ranges, and for what stands in.
+    const double pieces = double(kPanelKeys / kSumPiece + kRanges + 1) * (double(row.blocks / kPanelBlocks) + 2);
+    const double chain = double(std::min<int64_t>(row.kept, int64_t(kSumPiece))) + pieces + 64.0;
     result_.error_bound[row.place] = rounded_up(found.bound + kUnit * chain * found.largest);
     result_.omitted_mass[row.place] =
         omitted > 0 ? std::min(1.0f, rounded_up(omitted / (row.surely() + omitted))) : 0.0f;

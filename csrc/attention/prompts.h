@@ -2,6 +2,7 @@
 // declared here. DESIGN.md ("Prompts") says how they follow one another.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>

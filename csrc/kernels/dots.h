@@ -21,10 +21,10 @@ inline Bytes high_nibbles(Bytes x) {
 // PlaneCodes: a register of one plane of the key codes, its low nibbles and its high ones, for PlaneSum; ByteCodes:
 // codes of 8 bits, for ByteSum. A sum takes at most kMost additions before `settle` is called.
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || !defined(__AVX2__)
+#if defined(HSR_AVX512) || defined(__AVXVNNI__) || !defined(__AVX2__)
 
 inline Ints dot4(Ints sum, Bytes codes, int32_t digits) {
-#if defined(__AVX512VNNI__)
+#if defined(HSR_AVX512)
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(digits));
 #elif defined(__AVXVNNI__)
     return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(digits));
@@ -72,7 +72,7 @@ struct ByteCodes {
     explicit ByteCodes(Bytes x) : all(x) {}
     // Of the low (high) nibbles of both planes.
     static ByteCodes of_low(Bytes high, Bytes low) {
-#if defined(__AVX512VNNI__)
+#if defined(HSR_AVX512)
         const __m512i mask = _mm512_set1_epi8(0x0f);  // bits of `low` under the mask, of `high` << 4 elsewhere
         return ByteCodes(
             (Bytes)_mm512_ternarylogic_epi32(mask, (__m512i)low, _mm512_slli_epi16((__m512i)high, 4), 0xca));
@@ -82,7 +82,7 @@ struct ByteCodes {
 #endif
     }
     static ByteCodes of_high(Bytes high, Bytes low) {
-#if defined(__AVX512VNNI__)
+#if defined(HSR_AVX512)
         const __m512i mask = _mm512_set1_epi8(0x0f);
         return ByteCodes(
             (Bytes)_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16((__m512i)low, 4), (__m512i)high, 0xca));

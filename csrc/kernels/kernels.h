@@ -101,6 +101,7 @@ struct SelectionSums {
 // and the largest residual8 and step among them.
 constexpr size_t kPanelBlocks = 64, kPanelKeys = kPanelBlocks * kBlock;
 constexpr int kDenseRows = 6, kDenseStride = 8;  // queries whose weights [key][kDenseStride] meet values as a matrix
+constexpr size_t kSumPiece = 64;                 // float32 sums start afresh after so many keys: long chains round more
 constexpr int kCurve = 16;                       // points of the curve of a sample's mass, a factor of two apart
 struct CodedPanel {
     uint8_t* codes;  // [kPanelBlocks * 16 * padded8(dim)]
@@ -179,11 +180,11 @@ struct Kernels {
     // Estimates of `blocks` blocks from both planes; maxima as in `scan`.
     void (*refine)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
                    int count, float* estimates, size_t estimate_stride, float* maxima);
-    // Two-stage selection over blocks. A query refines the keys whose upper bound reaches its threshold; or, when
-    // block_masses are given, the blocks whose upper mass is not below `mass_from`: reading the second plane of a
-    // block costs the same for one key as for all, so what counts is what the block may weigh. `reaching` are the masks
-    // of `scan_reach`, if that was the scan. `value_parameters`
-    // is null when everything kept is read at full precision.
+    // Two-stage selection over blocks. In doubt for a query are the keys whose upper bound reaches its threshold; or,
+    // when block_masses are given, the blocks whose upper mass is not below `mass_from`; a block in doubt for one query
+    // is refined for all. Reading the second plane of a block costs the same for one key as for all, so what counts is
+    // what the block may weigh. `reaching` are the masks of `scan_reach`, if that was the scan. `value_parameters` is
+    // null when everything kept is read at full precision.
     void (*select)(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
                    size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
                    Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,

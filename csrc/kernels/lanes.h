@@ -2,7 +2,13 @@
 // registers of the level is a Pair of halves: left to the compiler, it would be kept in memory and pass through it with
 // every operation. Private to the kernels, in their anonymous namespaces.
 
-#if defined(__AVX512F__)
+// The level is all of these or none: a compiler told of some of them for every file keeps to AVX2 here.
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    defined(__AVX512VNNI__)
+#define HSR_AVX512
+#endif
+
+#if defined(HSR_AVX512)
 constexpr int kRegisterBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kRegisterBytes = 32;
@@ -219,7 +225,7 @@ inline i32x16 lane_numbers() {
     return load<i32x16>(numbers);
 }
 
-#if !defined(__AVX512F__)
+#if !defined(HSR_AVX512)
 // A bit for each lane of a comparison.
 template <class Truth>
 inline uint32_t bits_of(const Truth& truth) {

@@ -3,7 +3,7 @@
 
 // Registers of a word of 64 keys (4 blocks) whose scores are kept for a few queries at once.
 constexpr int kMicroQueries = 6;
-#if defined(__AVX512VNNI__)
+#if defined(HSR_AVX512)
 constexpr int kMicroRegisters = 4;
 #elif defined(__AVXVNNI__)
 constexpr int kMicroRegisters = 2;
@@ -216,8 +216,6 @@ size_t places_from(const float* x, size_t count, float from, const uint32_t* pos
     return found;
 }
 
-constexpr size_t kSumPiece = 64;  // float32 sums start afresh after so many keys: long chains round more
-
 // accumulator += sum of weights[i] * row keys[i], for 16 * Wide coordinates. Several short chains are quicker than one,
 // and they round less.
 template <Dtype Type, int Wide, bool Part>
@@ -270,11 +268,16 @@ inline void accumulate_bfloat16(const uint8_t* rows, size_t stride, const uint32
         for (; i + kChains <= end; i += kChains)
             for (int c = 0; c < kChains; ++c) add(i + size_t(c), sum[c]);
         for (; i < end; ++i) add(i, sum[0]);
-        for (int c = 0; c < kChains; ++c)
-            for (int j = 0; j < 2; ++j) {
-                total[j].even += sum[c][j].even;
-                total[j].odd += sum[c][j].odd;
-            }
+        const auto chains = [&](auto lane) {
+            if constexpr (kChains == 4)
+                return (lane(0) + lane(1)) + (lane(2) + lane(3));
+            else
+                return lane(0);
+        };
+        for (int j = 0; j < 2; ++j) {
+            total[j].even += chains([&](int c) { return sum[c][j].even; });
+            total[j].odd += chains([&](int c) { return sum[c][j].odd; });
+        }
     }
     for (int j = 0; j < 2; ++j) put_together(total[j], accumulator + at + 32 * j);
 }

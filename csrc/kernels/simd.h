@@ -2,7 +2,7 @@
 // namespace.
 
 // a > b ? a : b, so b where one is NaN. The instructions by name: compilers make a comparison and a choice of it.
-#if defined(__AVX512F__)
+#if defined(HSR_AVX512)
 inline f32x16 max_of(const f32x16& a, const f32x16& b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
 inline f32x16 min_of(const f32x16& a, const f32x16& b) { return (f32x16)_mm512_min_ps((__m512)a, (__m512)b); }
 inline i32x16 max_of(const i32x16& a, const i32x16& b) { return (i32x16)_mm512_max_epi32((__m512i)a, (__m512i)b); }
@@ -60,7 +60,7 @@ inline float bfloat16_value(uint16_t bits) {
 
 // ---- the operations that differ by level ----
 
-#if defined(__AVX512VNNI__)
+#if defined(HSR_AVX512)
 
 inline uint32_t mask_ge(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
 inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ); }
@@ -184,7 +184,7 @@ inline f32x16 exp2_fraction(f32x16 f) {
     return p * f + 1.00000012f;
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(HSR_AVX512)
 inline f32x16 exp_of(f32x16 x) {
     const f32x16 t = min_of(x, splat(88.0f)) * 1.44269504088896341f;
     const __m512 n = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -252,7 +252,7 @@ inline Halves bfloat16_halves(const void* from) {
     return {as<f32x16>(both << 16), as<f32x16>(both & 0xffff0000u)};
 }
 inline Halves take_apart(const float* x) {
-#if defined(__AVX512F__)
+#if defined(HSR_AVX512)
     const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
     const __m512i even = _mm512_slli_epi32((__m512i)lane_numbers(), 1);
     return {(f32x16)_mm512_permutex2var_ps(low, even, high),
@@ -264,7 +264,7 @@ inline Halves take_apart(const float* x) {
 #endif
 }
 inline void put_together(const Halves& halves, float* x) {
-#if defined(__AVX512F__)
+#if defined(HSR_AVX512)
     const __m512i lane = (__m512i)lane_numbers();
     const __m512i half = _mm512_srli_epi32(lane, 1);  // 0 0 1 1 ..., from the odd ones in every other lane
     const __m512i from = _mm512_or_si512(half, _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(1)), 4));

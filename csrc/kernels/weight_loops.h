@@ -42,7 +42,7 @@ void code_values(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t*
 
 // 2^t within 1e-4 of itself, for t <= 0: a minimax polynomial of degree 3 on [-1/2, 1/2].
 inline f32x16 power_of_two(f32x16 t) {
-#if defined(__AVX512VNNI__)
+#if defined(HSR_AVX512)
     const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
@@ -51,7 +51,7 @@ inline f32x16 power_of_two(f32x16 t) {
 #endif
     const f32x16 f = t - n;
     const f32x16 p = ((f * 5.517149e-2f + 0.24261094f) * f + 0.69326099f) * f + 0.99992808f;
-#if defined(__AVX512VNNI__)
+#if defined(HSR_AVX512)
     return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     return as<f32x16>(as<i32x16>(p) + (as<i32x16>(shifted) << 23));

@@ -22,14 +22,14 @@ namespace {
 #include "kernels/lanes.h"
 
 inline f64x8 load8(const float* from) {
-#if defined(__AVX512F__)
+#if defined(HSR_AVX512)
     return (f64x8)_mm512_cvtps_pd(_mm256_loadu_ps(from));  // GCC makes two halves of a conversion
 #else
     return convert<f64x8>(load<f32x8>(from));
 #endif
 }
 
-#if defined(__AVX512F__)
+#if defined(HSR_AVX512)
 inline unsigned at_least(f64x8 x, double threshold) {
     return _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(threshold), _CMP_GE_OQ);
 }
@@ -87,18 +87,18 @@ struct PairScreen {
     const float* query;
     float limit;
     int dim;
-#if defined(__AVX512F__)
+#if defined(HSR_AVX512)
     __m512 rows[D / 2 + 1];  // query_2j in the lower eight lanes, query_2j+1 in the upper ones
 #endif
     PairScreen(const Search& search, int dimension) : query(search.query32), limit(search.screen), dim(dimension) {
-#if defined(__AVX512F__)
+#if defined(HSR_AVX512)
         for (int j = 0; j < D / 2; ++j)
             rows[j] = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(query[2 * j]), _mm512_set1_ps(query[2 * j + 1]));
 #endif
     }
     unsigned operator()(const float* keys) const {
         const int stride = kLanes * (D ? D : dim);
-#if defined(__AVX512F__)
+#if defined(HSR_AVX512)
         if constexpr (D > 0 && D % 2 == 0) {  // a register is two rows of a block
             __m512 first = _mm512_mul_ps(_mm512_loadu_ps(keys), rows[0]);
             __m512 second = _mm512_mul_ps(_mm512_loadu_ps(keys + stride), rows[0]);
@@ -168,7 +168,7 @@ inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, c
     }
 }
 
-#if defined(__AVX512F__) && defined(__AVX512VL__)
+#if defined(HSR_AVX512)
 // Writes 8 packed hits and returns how many of them count. No branch: where hits are dense, a branch on the mask
 // is mispredicted every other block.
 inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
@@ -215,7 +215,7 @@ size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const
     size_t found = 0;
     if (begin >= end) return 0;
     for_hits<D>(blocks, dim, begin, end, search, [&](int64_t first, const f64x8& scores, unsigned mask) {
-#if defined(__AVX512F__) && defined(__AVX512VL__)
+#if defined(HSR_AVX512)
         const __m512i id =
             _mm512_add_epi64(_mm512_set1_epi64(first_id + first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
         _mm512_mask_compressstoreu_epi64(ids + found, __mmask8(mask), id);
@@ -235,7 +235,7 @@ size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const
 }
 
 inline f32x16 load16(const uint8_t* from) {
-#if defined(__AVX512F__)
+#if defined(HSR_AVX512)
     return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
 #elif defined(__AVX2__)
     const __m128i codes = _mm_loadu_si128((const __m128i*)from);

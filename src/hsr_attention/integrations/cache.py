@@ -42,8 +42,8 @@ class HSRCache(Cache):
         ``model.config``.
     policy : SoftmaxPolicy or ReLUPolicy, optional
         ``default_policy(config)`` if there is none: the model's own. Under a ``SoftmaxPolicy``
-        prompts of 1,024 keys or more and every new token are answered by the policy, shorter
-        prompts densely; under a ``ReLUPolicy`` every position is exact ReLU attention.
+        every new token is answered by the policy, and so are prompts where that is faster than
+        dense attention (from 1,024 keys on, or later: docs/limits.md); under a ``ReLUPolicy`` every position is exact ReLU attention.
     collect : bool
         Keep the certificate of every decoding step for ``statistics()``. Off, none is computed.
     storage : "memory" or "disk"
