@@ -43,7 +43,8 @@ class HSRCache(Cache):
     policy : SoftmaxPolicy or ReLUPolicy, optional
         ``default_policy(config)`` if there is none: the model's own. Under a ``SoftmaxPolicy``
         every new token is answered by the policy, and so are prompts where that is faster than
-        dense attention (from 1,024 keys on, or later: docs/limits.md); under a ``ReLUPolicy`` every position is exact ReLU attention.
+        dense attention (from 1,024 keys on, or later: docs/limits.md); under a ``ReLUPolicy`` every
+        position is exact ReLU attention.
     collect : bool
         Keep the certificate of every decoding step for ``statistics()``. Off, none is computed.
     storage : "memory" or "disk"
