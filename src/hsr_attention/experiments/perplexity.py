@@ -31,7 +31,8 @@ share ε of the mass to be left out; they stand at the number of keys they chose
 The prompts before the scored words are read densely. Beyond the model's own context positions are
 stretched by YaRN.
 """
-EPSILONS = (0.3, 0.1, 0.03, 0.01)
+DEFAULT = SoftmaxPolicy().epsilon
+EPSILONS = (0.3, 0.1, DEFAULT, 0.01)
 MASKED = (16, 256)
 LAYERS_FOR_MASS = 8
 
@@ -302,7 +303,7 @@ def findings(data: dict[str, Any]) -> list[str]:
             f"same r = {least} costs {100 * (codes[least] / dense - 1):+.2f} %."
         )
         for q in _points(p, "epsilon"):
-            if q["value"] == 0.03:
+            if q["value"] == DEFAULT:
                 said.append(
                     f"{_title(p)}, default policy: {q['perplexity']:.3f} "
                     f"({100 * (q['perplexity'] / dense - 1):+.2f} %) at a density "
