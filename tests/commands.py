@@ -17,7 +17,15 @@ ELSEWHERE = (  # of Python, the shell and others: nothing of ours to check
     "python3 -m venv .venv",
     ". .venv/bin/activate",
     "python -m http.server --directory site",
+    "build/check/check",  # what cmake built, of tests/native; test_other_machines.py runs it
 )
+
+
+def _cmake(words):
+    known = re.findall(r"^option\((\w+)", (ROOT / "CMakeLists.txt").read_text(), re.M)
+    asked = [word[2:].partition("=")[0] for word in words if word.startswith("-D")]
+    unknown = sorted(set(asked) - set(known))
+    return f"CMakeLists.txt has no option {unknown}" if unknown else None
 
 
 def commands(block):
@@ -37,6 +45,8 @@ def problem(words):
         return _make(words[1:])
     if words[:2] == ["pip", "install"]:
         return _pip(words[2:])
+    if words[0] == "cmake":
+        return _cmake(words[1:])
     if words[0] == "python" and words[1].endswith(".py"):
         return _script(words[1], words[2:])
     if words[:3] == ["python", "-m", "pytest"]:
