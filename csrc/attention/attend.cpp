@@ -50,11 +50,11 @@ void Attend::prepare_wave(size_t first, size_t count, size_t tiles_per_head, siz
     parallel_for(queries_of_wave_.size(), queries_of_wave_.size() < 16 ? 1 : num_threads(),
                  [&](size_t i) { prepare(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second); });
     for (Tile& tile : tiles_) {
-        const bool all_seen = tile.blocks && !hides(tile, 0, tile.blocks * kBlock);
-        tile.scan = kind_of_scan(tile, all_seen && settings_.rule == Rule::epsilon);
-        const bool plain = all_seen && tile.scan == Scan::four;
-        tile.fused = plain && relu();
-        tile.by_block = plain && settings_.rule == Rule::epsilon;
+        const bool all_seen = tile.blocks && !hides(tile, 0, tile.blocks * kBlock),
+                   by_block = all_seen && settings_.rule == Rule::epsilon;
+        tile.scan = kind_of_scan(tile, by_block);
+        tile.by_block = by_block && tile.scan == Scan::four;
+        tile.fused = all_seen && relu() && tile.scan == Scan::four;
         // With block masses only the keys left out after refinement are guessed from the sample.
         tile.sample_step = std::max<size_t>(1, tile.blocks / (tile.by_block ? kSampleBlocks : 4 * kSampleBlocks));
     }

@@ -8,13 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "attention/attend.h"
+#include "attention/call.h"
 
 namespace hsr::decoding {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
-constexpr size_t kChunkBlocks = 128;             // 2,048 keys: their estimates fit the first cache
+constexpr size_t kChunkBlocks = 128;  // 2,048 keys: their estimates fit the first cache
 constexpr size_t kChunkKeys = kChunkBlocks * kBlock;
 constexpr size_t kFewChunks = 32;              // with fewer chunks than this, threads are kept busier by half chunks
 constexpr size_t kWorkspaceFloats = 4u << 20;  // estimates alive at once: 16 MiB
@@ -112,23 +110,15 @@ struct Answer {
     double mean[kMaxHeadDim];  // what stood in
 };
 
-class Attend {
+class Attend : Call {
 public:
     Attend(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries,
            const AttendResult& result)
-        : cache_(cache),
-          settings_(settings),
-          queries_(queries),
-          result_(result),
-          m_(queries.queries.tokens),
-          heads_(int(queries.queries.heads)),
-          group_(heads_ / cache.kv_heads()),
-          groups_(value_groups(cache.value_dim())) {}
+        : Call(cache, settings, queries, result), groups_(value_groups(cache.value_dim())) {}
 
     AttendWork run();
 
 private:
-    bool relu() const { return settings_.rule == Rule::relu; }
     // Selection by full-precision logits: the result is exactly the paper's.
     bool exact_rule() const { return relu() || (!settings_.sketch_tail && settings_.rule != Rule::epsilon); }
     // Candidates of all chunks are needed before the r largest are known.
@@ -186,7 +176,6 @@ private:
     double logit(const Tile& tile, int q, size_t key) const;
     void read_logits(const Tile& tile, int q, const uint32_t* keys, size_t count, double* logits) const;
     bool weighs_in_float32(const Tile& tile) const;
-    double power_of(double x) const;
     void rescale(Partial& part, int q, double factor, float* accumulator) const;
     void add_exact(const Tile& tile, int q, uint32_t* keys, size_t count, Partial& part, float* accumulator) const;
     void add_exact(const Tile& tile, int q, size_t key, double logit, Partial& part, float* accumulator) const;
@@ -199,12 +188,7 @@ private:
     bool finish(Tile& tile, int q);
     void certificate(const Tile& tile, int q, const Partial& total, const Answer& answer);
 
-    const LayerCache& cache_;
-    const AttendSettings& settings_;
-    const AttendQueries& queries_;
-    const AttendResult& result_;
-    const int64_t m_;
-    const int heads_, group_, groups_;
+    const int groups_;
     size_t chunk_blocks_ = kChunkBlocks;
     Workspace* space_ = nullptr;
     std::vector<Tile> tiles_;

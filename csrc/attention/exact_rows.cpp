@@ -30,12 +30,6 @@ bool Attend::weighs_in_float32(const Tile& tile) const {
     return reads_value_codes() && !in_float64() && tile.scan != Scan::full;
 }
 
-double Attend::power_of(double x) const {
-    double product = x;
-    for (int i = 1; i < settings_.power; ++i) product *= x;
-    return product;
-}
-
 void Attend::rescale(Partial& part, int q, double factor, float* accumulator) const {
     part.exact_mass[q] *= factor;
     for (int i = 0; i < groups_ * kValueGroup; ++i) accumulator[i] *= float(factor);

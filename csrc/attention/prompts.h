@@ -11,12 +11,11 @@
 #include <memory>
 #include <vector>
 
+#include "attention/call.h"
 #include "attention/prefill.h"
 
 namespace hsr::prompts {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr double kUnit = 5.9604644775390625e-8;  // 2^-24, the rounding unit of float32
 constexpr double kLog2e = 1.4426950408889634;
 constexpr size_t kRowsAtOnce = kDenseRows;  // their logits over a panel stay in the first cache
 constexpr size_t kListRoom = kPanelKeys + 64;
@@ -135,17 +134,11 @@ struct Workspace {
     }
 };
 
-class Prefill {
+class Prefill : Call {
 public:
     Prefill(const LayerCache& cache, const AttendSettings& settings, const AttendQueries& queries,
             const AttendResult& result)
-        : cache_(cache),
-          settings_(settings),
-          queries_(queries),
-          result_(result),
-          m_(queries.queries.tokens),
-          heads_(int(queries.queries.heads)),
-          group_(heads_ / cache.kv_heads()),
+        : Call(cache, settings, queries, result),
           dim_(cache.key_dim()),
           value_dim_(cache.value_dim()),
           units_(settings.rule == Rule::relu ? 1.0 : kLog2e),
@@ -157,7 +150,6 @@ private:
     // Left out keys are not only bounded: the mean value of their panel stands in for them, where the row sees all of
     // it.
     bool stands_in() const { return settings_.sketch_tail && !relu(); }
-    bool relu() const { return settings_.rule == Rule::relu; }
     // Selection by full-precision logits against a given threshold.
     bool exact_rule() const { return relu() || (settings_.rule == Rule::threshold && !settings_.sketch_tail); }
     size_t range_bytes() const { return kRangeKeys * size_t(padded16(value_dim_)); }
@@ -168,11 +160,6 @@ private:
     // Mean values in place of what was left out, kept apart: the certificate asks how far they are from the answer.
     float* stand_in(Workspace& space, size_t i) const {
         return space.stand_ins.data() + i * size_t(padded16(value_dim_));
-    }
-    double power_of(double x) const {
-        double product = x;
-        for (int p = 1; p < settings_.power; ++p) product *= x;
-        return product;
     }
     // Blocks of a panel that a row sees.
     static size_t blocks_of(const Row& row, size_t first) {
@@ -226,12 +213,7 @@ private:
     void accumulate_dense(Workspace& space, size_t i, int head, size_t first, size_t count);
     void add(Workspace& space, size_t i, int head, size_t found, double off, double remaining);
 
-    const LayerCache& cache_;
-    const AttendSettings& settings_;
-    const AttendQueries& queries_;
-    const AttendResult& result_;
-    const int64_t m_;
-    const int heads_, group_, dim_, value_dim_;
+    const int dim_, value_dim_;
     const double units_;   // logits are natural for ReLU, in units of log 2 for softmax
     const double budget_;  // omitted mass allowed for each unit of kept mass
     size_t tile_rows_ = kTileRows;

@@ -13,10 +13,10 @@ inline int32_t four_digits(const int8_t* digits) {
     return word;
 }
 inline Bytes low_nibbles(Bytes x) { return x & (uint8_t)0x0f; }
-inline Bytes high_nibbles(Bytes x) {
-    using Words = Vector<uint16_t, kRegisterBytes / 2>;
-    return as<Bytes>(as<Words>(x) >> 4) & (uint8_t)0x0f;
-}
+// Shifts are those of 16 bits: there are none of bytes.
+using Shifted = Vector<uint16_t, kRegisterBytes / 2>;
+inline Bytes high_nibbles(Bytes x) { return low_nibbles(as<Bytes>(as<Shifted>(x) >> 4)); }
+inline Bytes raised(Bytes nibbles) { return as<Bytes>(as<Shifted>(nibbles) << 4); }
 
 // PlaneCodes: a register of one plane of the key codes, its low nibbles and its high ones, for PlaneSum; ByteCodes:
 // codes of 8 bits, for ByteSum. A sum takes at most kMost additions before `settle` is called.
@@ -77,8 +77,7 @@ struct ByteCodes {
         return ByteCodes(
             (Bytes)_mm512_ternarylogic_epi32(mask, (__m512i)low, _mm512_slli_epi16((__m512i)high, 4), 0xca));
 #else
-        using Words = Vector<uint16_t, kRegisterBytes / 2>;
-        return ByteCodes(as<Bytes>(as<Words>(low_nibbles(high)) << 4) | low_nibbles(low));
+        return ByteCodes(raised(low_nibbles(high)) | low_nibbles(low));
 #endif
     }
     static ByteCodes of_high(Bytes high, Bytes low) {
@@ -115,10 +114,7 @@ struct ByteCodes {
     ByteCodes(Bytes lower, Bytes upper) : low(lower), high(upper) {}
     static ByteCodes of_low(Bytes high, Bytes low) { return {low_nibbles(low), low_nibbles(high)}; }
     static ByteCodes of_high(Bytes high, Bytes low) { return {high_nibbles(low), high_nibbles(high)}; }
-    Bytes bytes() const {
-        using Words = Vector<uint16_t, kRegisterBytes / 2>;
-        return as<Bytes>(as<Words>(high) << 4) | low;
-    }
+    Bytes bytes() const { return raised(high) | low; }
 };
 
 // Products of a nibble and a digit of at most 127: two of them sum to at most 2 * 15 * 127 = 3810, and 8 such sums,
@@ -162,6 +158,12 @@ struct ByteSum {
 
 #endif
 
+template <class Sum, int Rows, int Columns>
+inline void settle_all(Sum (&sums)[Rows][Columns]) {
+    for (auto& row : sums)
+        for (Sum& sum : row) sum.settle();
+}
+
 // body(i) for i in [0, count), and settle() after at most `most` of them and at the end.
 template <class Body, class Settle>
 inline void in_turns(int count, int most, const Body& body, const Settle& settle) {
@@ -172,7 +174,6 @@ inline void in_turns(int count, int most, const Body& body, const Settle& settle
     }
 }
 
-inline Floats to_floats(Ints x) { return convert<Floats>(x); }
 inline Floats part_of_bfloat16(const uint8_t* from, int part) {
-    return bfloat16_lanes<kPartLanes>(from + 2 * kPartLanes * part);
+    return from_bfloat16(load<Vector<uint16_t, kPartLanes>>(from + 2 * kPartLanes * part));
 }

@@ -39,7 +39,6 @@ using u16x16 = Vector<uint16_t, 16>;
 using u8x16 = Vector<uint8_t, 16>;
 using i8x16 = Vector<int8_t, 16>;
 using u8x64 = Vector<uint8_t, 64>;
-using u16x32 = Vector<uint16_t, 32>;
 using f64x8 = Vector<double, 8>;
 using f32x8 = Vector<float, 8>;
 using i32x8 = Vector<int32_t, 8>;
@@ -62,15 +61,17 @@ struct Shape<Pair<H>> {
     static constexpr bool pair = true;
 };
 
-template <class V, int... I>
-inline typename Shape<V>::Half some_lanes(const V& x, std::integer_sequence<int, I...>, int) {
 #if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
+#if __has_builtin(__builtin_shufflevector)  // GCC 12, Clang
 #define HSR_SHUFFLES
+#endif
+#endif
+
+template <class V, int... I>
+inline typename Shape<V>::Half some_lanes(const V& x, std::integer_sequence<int, I...>) {
+#if defined(HSR_SHUFFLES)
     return __builtin_shufflevector(x, x, I...);
-#endif
-#endif
-#if !defined(HSR_SHUFFLES)
+#else
     return typename Shape<V>::Half{x[I]...};
 #endif
 }
@@ -84,14 +85,14 @@ inline typename Shape<V>::Half lower(const V& x) {
     if constexpr (Shape<V>::pair)
         return x.low;
     else
-        return some_lanes(x, std::make_integer_sequence<int, Shape<V>::lanes / 2>(), 0);
+        return some_lanes(x, std::make_integer_sequence<int, Shape<V>::lanes / 2>());
 }
 template <class V>
 inline typename Shape<V>::Half upper(const V& x) {
     if constexpr (Shape<V>::pair)
         return x.high;
     else
-        return some_lanes(x, from_lane<Shape<V>::lanes / 2>(std::make_integer_sequence<int, Shape<V>::lanes / 2>()), 0);
+        return some_lanes(x, from_lane<Shape<V>::lanes / 2>(std::make_integer_sequence<int, Shape<V>::lanes / 2>()));
 }
 template <class V, int... I>
 inline V joined(const typename Shape<V>::Half& low, const typename Shape<V>::Half& high,
@@ -137,7 +138,7 @@ inline void store(void* to, const V& value) {
 
 // ---- operations lane by lane
 
-// Lane numbers of the other type, converted, or its bits.
+// The same numbers as another type (convert), or the same bits (as).
 template <class To, class From>
 inline To convert(const From& x) {
     if constexpr (Shape<To>::pair || Shape<From>::pair) {

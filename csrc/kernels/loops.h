@@ -106,10 +106,7 @@ inline void add_squares(f64x8& sum, f32x16 r) {
     sum += a * a + b * b;
 }
 
-inline i32x16 lanes_below(int count) {
-    const i32x16 lane = lane_numbers();
-    return lane < splat(count);
-}
+inline i32x16 lanes_below(int count) { return lane_numbers() < splat(count); }
 
 // Norms outside [1e-30, 1e30] are not coded: squares and reciprocals in float32 would leave its range.
 // The residual alone then bounds the score: the norm itself, or infinity ("always verify").
@@ -136,8 +133,8 @@ void code_keys(int dim, const float* y, const double* norms, double relative_sla
                 const f32x16 v = load<f32x16>(y + at);
                 const i32x16 code = max_of(min_of(convert<i32x16>(v * inverse + 128.0f), splat(255)), splat(0));
                 const i32x16 h = code >> 4, inside = lanes_below(dim - at);
-                const f32x16 r8 = v - step * (to_float16lanes(code) - 127.5f);
-                const f32x16 r4 = v - step * (16.0f * (to_float16lanes(h) - 7.5f));
+                const f32x16 r8 = v - step * (convert<f32x16>(code) - 127.5f);
+                const f32x16 r4 = v - step * (16.0f * (convert<f32x16>(h) - 7.5f));
                 add_squares(sum8, select(inside, r8, f32x16{}));
                 add_squares(sum4, select(inside, r4, f32x16{}));
                 store(codes + at, unsigned_bytes(code));
@@ -224,17 +221,14 @@ inline void score_together(const uint8_t* high, int dim, const CodedQuery* queri
                                       four_digits(queries[q].high + 8 * p + 4));
                 }
             },
-            [&] {
-                for (auto& of_block : sum)
-                    for (PlaneSum& one : of_block) one.settle();
-            });
+            [&] { settle_all(sum); });
         for (int k = 0; k < Blocks; ++k) {
             const uint8_t* steps = high + k * (bytes + 64) + bytes;
             if (part == 0) __builtin_prefetch(steps + kBytesAhead);
             const Floats step = part_of_bfloat16(steps, part);
             for (int q = 0; q < Count; ++q) {
                 const CodedQuery& query = queries[q];
-                const Floats dot = to_floats(sum[k][q].total()) - 7.5f * query.high_sum;
+                const Floats dot = convert<Floats>(sum[k][q].total()) - 7.5f * query.high_sum;
                 const Floats estimate = step * (16.0f * query.unit * dot) + query.centre;
                 top[q] = max_of(top[q], estimate);
                 store(estimates + q * stride + k * 16 + part * kPartLanes, estimate);
@@ -476,7 +470,7 @@ inline void accumulate_tile(const uint8_t* rows, int dim, const KeptKeys* kept, 
         for (size_t i = 0; i < kept->count; ++i) {
             if (g == 0) __builtin_prefetch(rows + kept->keys[i + kRowsAhead] * row_bytes);
             const i32x16 bytes = widen_bytes(load<u8x16>(rows + kept->keys[i] * row_bytes));
-            const f32x16 first = to_float16lanes(bytes & 15), second = to_float16lanes(bytes >> 4);
+            const f32x16 first = convert<f32x16>(bytes & 15), second = convert<f32x16>(bytes >> 4);
             for (int q = 0; q < Count; ++q) {
                 sum[q][0] += scaled[size_t(q) * capacity + i] * first;
                 sum[q][1] += scaled[size_t(q) * capacity + i] * second;

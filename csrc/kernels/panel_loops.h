@@ -53,7 +53,7 @@ void code_query(const float* y, int dim, PanelQuery* query) {
         const f32x16 x = load<f32x16>(y + at) * inverse, half = select(x < f32x16{}, splat(-0.5f), splat(0.5f));
         // at most 127.5: truncated to 127
         const i32x16 digit = max_of(min_of(convert<i32x16>(x + half), splat(127)), splat(-127));
-        const f32x16 left = x - to_float16lanes(digit);
+        const f32x16 left = x - convert<f32x16>(digit);
         rest += left * left;
         sum += digit;
         store(query->digits + at, signed_bytes(digit));
@@ -88,16 +88,13 @@ inline void score_word(const uint8_t* codes, const float* steps, int quads, cons
                     for (int r = 0; r < kMicroRegisters; ++r) sum[r][q].add(ByteCodes(block[r]), digits);
                 }
             },
-            [&] {
-                for (auto& of_register : sum)
-                    for (ByteSum& one : of_register) one.settle();
-            });
+            [&] { settle_all(sum); });
         for (int r = 0; r < kMicroRegisters; ++r) {
             const int at = (first + r) * kPartLanes;
             const Floats step = load<Floats>(steps + at);
             for (int q = 0; q < Queries; ++q)
                 store(logits + q * stride + at,
-                      to_floats(sum[r][q].total()) * step * queries[q].unit + queries[q].centre);
+                      convert<Floats>(sum[r][q].total()) * step * queries[q].unit + queries[q].centre);
         }
     }
 }
@@ -216,27 +213,24 @@ size_t places_from(const float* x, size_t count, float from, const uint32_t* pos
     return found;
 }
 
-// accumulator += sum of weights[i] * row keys[i], for 16 * Wide coordinates. Several short chains are quicker than one,
-// and they round less.
-template <Dtype Type, int Wide, bool Part>
-inline void accumulate_strip(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
-                             size_t count, int at, int lanes, float* accumulator) {
+// total[Wide] += sum of weights[i] * values(row keys[i])[Wide]. Several short chains are quicker than one, and they
+// round less.
+template <int Wide, class Values>
+inline void add_rows(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights, size_t count,
+                     f32x16* total, const Values& values) {
     constexpr int kChains = kParts == 1 ? 4 : 1;  // as many as registers allow
-    const auto part = [&](size_t i, int j) {
-        const uint8_t* row = rows + keys[i] * stride;
-        return weights[i] * (Part ? load_row_part(Type, row, at, lanes) : load_row(Type, row, at + 16 * j));
-    };
-    f32x16 total[Wide];
-    for (int j = 0; j < Wide; ++j) total[j] = load<f32x16>(accumulator + at + 16 * j);
     for (size_t first = 0; first < count; first += kSumPiece) {
         const size_t end = first + kSumPiece < count ? first + kSumPiece : count;
         f32x16 sum[kChains][Wide] = {};
+        const auto add = [&](size_t i, f32x16* own) {
+            f32x16 value[Wide];
+            values(rows + keys[i] * stride, value);
+            for (int j = 0; j < Wide; ++j) own[j] += weights[i] * value[j];
+        };
         size_t i = first;
         for (; i + kChains <= end; i += kChains)
-            for (int c = 0; c < kChains; ++c)
-                for (int j = 0; j < Wide; ++j) sum[c][j] += part(i + c, j);
-        for (; i < end; ++i)
-            for (int j = 0; j < Wide; ++j) sum[0][j] += part(i, j);
+            for (int c = 0; c < kChains; ++c) add(i + size_t(c), sum[c]);
+        for (; i < end; ++i) add(i, sum[0]);
         for (int j = 0; j < Wide; ++j) {
             if constexpr (kChains == 4)
                 total[j] += (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]);
@@ -244,42 +238,34 @@ inline void accumulate_strip(const uint8_t* rows, size_t stride, const uint32_t*
                 total[j] += sum[0][j];
         }
     }
+}
+
+// accumulator += sum of weights[i] * row keys[i], for 16 * Wide coordinates from `at` on.
+template <Dtype Type, int Wide, bool Part>
+inline void accumulate_strip(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
+                             size_t count, int at, int lanes, float* accumulator) {
+    f32x16 total[Wide];
+    for (int j = 0; j < Wide; ++j) total[j] = load<f32x16>(accumulator + at + 16 * j);
+    add_rows<Wide>(rows, stride, keys, weights, count, total, [&](const uint8_t* row, f32x16* value) {
+        for (int j = 0; j < Wide; ++j)
+            value[j] = Part ? load_row_part(Type, row, at, lanes) : load_row(Type, row, at + 16 * j);
+    });
     for (int j = 0; j < Wide; ++j) store(accumulator + at + 16 * j, total[j]);
 }
 
 // The same for 64 coordinates in bfloat16.
 inline void accumulate_bfloat16(const uint8_t* rows, size_t stride, const uint32_t* keys, const float* weights,
                                 size_t count, int at, float* accumulator) {
-    constexpr int kChains = kParts == 1 ? 4 : 1;
-    Halves total[2];
-    for (int j = 0; j < 2; ++j) total[j] = take_apart(accumulator + at + 32 * j);
-    for (size_t first = 0; first < count; first += kSumPiece) {
-        const size_t end = first + kSumPiece < count ? first + kSumPiece : count;
-        Halves sum[kChains][2] = {};
-        const auto add = [&](size_t i, Halves* own) {
-            const uint8_t* row = rows + keys[i] * stride + 2 * at;
-            for (int j = 0; j < 2; ++j) {
-                const Halves value = bfloat16_halves(row + 64 * j);
-                own[j].even += weights[i] * value.even;
-                own[j].odd += weights[i] * value.odd;
-            }
-        };
-        size_t i = first;
-        for (; i + kChains <= end; i += kChains)
-            for (int c = 0; c < kChains; ++c) add(i + size_t(c), sum[c]);
-        for (; i < end; ++i) add(i, sum[0]);
-        const auto chains = [&](auto lane) {
-            if constexpr (kChains == 4)
-                return (lane(0) + lane(1)) + (lane(2) + lane(3));
-            else
-                return lane(0);
-        };
-        for (int j = 0; j < 2; ++j) {
-            total[j].even += chains([&](int c) { return sum[c][j].even; });
-            total[j].odd += chains([&](int c) { return sum[c][j].odd; });
-        }
-    }
-    for (int j = 0; j < 2; ++j) put_together(total[j], accumulator + at + 32 * j);
+    f32x16 total[4];  // even ones, odd ones, of each 32
+    const auto put = [](const Halves& from, int j, f32x16* to) {
+        to[2 * j] = from.even;
+        to[2 * j + 1] = from.odd;
+    };
+    for (int j = 0; j < 2; ++j) put(take_apart(accumulator + at + 32 * j), j, total);
+    add_rows<4>(rows, stride, keys, weights, count, total, [&](const uint8_t* row, f32x16* value) {
+        for (int j = 0; j < 2; ++j) put(bfloat16_halves(row + 2 * at + 64 * j), j, value);
+    });
+    for (int j = 0; j < 2; ++j) put_together({total[2 * j], total[2 * j + 1]}, accumulator + at + 32 * j);
 }
 
 template <Dtype Type>

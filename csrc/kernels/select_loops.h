@@ -2,8 +2,7 @@
 // anonymous namespace.
 //
 // A selection goes over its blocks in passes without branches that depend on keys, each leaving its results in the
-// first cache: which blocks are in doubt; estimates from both planes; weights; lists. Guessing such branches wrongly,
-// block by block, cost more than all their arithmetic.
+// first cache: which blocks are in doubt; estimates from both planes; weights; lists.
 
 // Estimates of `Blocks` blocks, refined[Blocks][Count][16]. Two blocks share each load of the queries' digits.
 template <int Count, int Blocks>
@@ -29,18 +28,15 @@ inline void refine_together(const uint8_t* const* high, const uint8_t* const* lo
                 }
             },
             [&] {
-                for (int k = 0; k < Blocks; ++k)
-                    for (int q = 0; q < Count; ++q) {
-                        first[k][q].settle();
-                        second[k][q].settle();
-                    }
+                settle_all(first);
+                settle_all(second);
             });
         for (int k = 0; k < Blocks; ++k) {
             const Floats step = part_of_bfloat16(high[k] + size_t(pairs) * 64, part);
             for (int q = 0; q < Count; ++q) {
                 const CodedQuery& query = queries[q];
-                const Floats coarse = to_floats(first[k][q].total()) - 127.5f * query.high_sum;
-                const Floats fine = to_floats(second[k][q].total()) - 127.5f * query.low_sum;
+                const Floats coarse = convert<Floats>(first[k][q].total()) - 127.5f * query.high_sum;
+                const Floats fine = convert<Floats>(second[k][q].total()) - 127.5f * query.low_sum;
                 store(refined + (k * Count + q) * 16 + part * kPartLanes,
                       step * (query.unit * (coarse + fine * (1.0f / 254.0f))) + query.centre);
             }

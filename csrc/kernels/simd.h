@@ -28,7 +28,6 @@ inline V min_of(const V& a, const V& b) {
         return select(a < b, a, b);
 }
 inline f32x16 abs_of(f32x16 a) { return as<f32x16>(as<i32x16>(a) & 0x7fffffff); }
-inline f32x16 to_float16lanes(i32x16 x) { return convert<f32x16>(x); }
 
 inline float sum_of(Vector<float, 4> x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 inline float max_of_lanes(Vector<float, 4> x) {
@@ -40,11 +39,11 @@ inline float max_of_lanes(f32x8 x) { return max_of_lanes(max_of(lower(x), upper(
 inline float sum_of(f32x16 x) { return sum_of(lower(x) + upper(x)); }
 inline float max_of_lanes(f32x16 x) { return max_of_lanes(max_of(lower(x), upper(x))); }
 
-template <int Lanes>
-inline Vector<float, Lanes> bfloat16_lanes(const void* from) {
-    return as<Vector<float, Lanes>>(convert<Vector<uint32_t, Lanes>>(load<Vector<uint16_t, Lanes>>(from)) << 16);
+template <class Bits>
+inline auto from_bfloat16(const Bits& bits) {
+    constexpr int lanes = Shape<Bits>::lanes;
+    return as<Vector<float, lanes>>(convert<Vector<uint32_t, lanes>>(bits) << 16);
 }
-inline f32x16 from_bfloat16(u16x16 bits) { return as<f32x16>(convert<u32x16>(bits) << 16); }
 // Smallest bfloat16 >= x, for x >= 0 (and +inf).
 inline uint16_t bfloat16_up(float x) {
     uint32_t bits;
@@ -90,7 +89,6 @@ inline void sums_of_4(const f32x16* x, float* out) {
 #else
 
 #if defined(__AVX2__)
-inline __m256i half_of(const i32x16& x, int half) { return (__m256i)(half ? x.high : x.low); }
 inline void sums_of_4(const f32x16* x, float* out) {
     __m256 eights[4];
     for (int i = 0; i < 4; ++i) eights[i] = (__m256)(x[i].low + x[i].high);
@@ -124,7 +122,8 @@ constexpr LaneLists kLaneLists;
 inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
     for (int half = 0; half < 2; ++half, mask >>= 8) {
         const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kLaneLists.list[mask & 255]));
-        _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(half_of(values, half), order));
+        _mm256_storeu_si256((__m256i*)out,
+                            _mm256_permutevar8x32_epi32((__m256i)(half ? values.high : values.low), order));
         out += __builtin_popcount(mask & 255);
     }
 }

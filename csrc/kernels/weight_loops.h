@@ -66,7 +66,7 @@ void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, 
                  float* exact, WeighedRow* out) {
     const i32x16 lane = lane_numbers();
     // (2 k + 1) / 128 for every k below 64, neighbours far apart.
-    const f32x16 place = to_float16lanes((lane & 1) * 8 + (lane & 2) * 2 + (lane & 4) / 2 + (lane & 8) / 8) / 16.0f;
+    const f32x16 place = convert<f32x16>((lane & 1) * 8 + (lane & 2) * 2 + (lane & 4) / 2 + (lane & 8) / 8) / 16.0f;
     const f32x16 dither[4] = {place + 1.0f / 128.0f, place + 5.0f / 128.0f, place + 3.0f / 128.0f,
                               place + 7.0f / 128.0f};
     const f32x16 from = splat(limits->from > kLowest ? limits->from : kLowest);  // hidden keys are never kept
@@ -148,10 +148,7 @@ inline void multiply_strip(const uint8_t* codes, const float* ranges, size_t wid
                         for (int j = 0; j < Wide; ++j) sum[q][j].add(ByteCodes(value[j]), four);
                     }
                 },
-                [&] {
-                    for (auto& of_query : sum)
-                        for (ByteSum& one : of_query) one.settle();
-                });
+                [&] { settle_all(sum); });
         }
         for (int j = 0; j < Wide; ++j) {
             const int place = at + kPartLanes * j;
@@ -159,7 +156,7 @@ inline void multiply_strip(const uint8_t* codes, const float* ranges, size_t wid
             for (int q = 0; q < Queries; ++q) {
                 float* to = accumulators + size_t(q) * stride + place;
                 const float digit_sum = float(digit_sums[size_t(q) * kRanges + range]);
-                store(to, load<Floats>(to) + units[q] * (step * to_floats(sum[q][j].total()) + low * digit_sum));
+                store(to, load<Floats>(to) + units[q] * (step * convert<Floats>(sum[q][j].total()) + low * digit_sum));
             }
         }
     }

@@ -11,10 +11,6 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, false, inside avx512fintrin.h
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 
 namespace hsr::tree {
 namespace {

@@ -109,7 +109,6 @@ def run_dense(
     """
     watch = watch or Watch()
     gc.collect()
-    generation.warm_up(model, ids)
     memory.reset_peak()
     cache = generation.dense_cache(model)
     n = ids.shape[1]

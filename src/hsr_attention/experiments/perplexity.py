@@ -11,7 +11,7 @@ from hsr_attention.evaluation import decode_statistics, generation, masked_atten
 from hsr_attention.evaluation.perplexity import Perplexity, score
 from hsr_attention.experiments import figures
 from hsr_attention.experiments.workbench import Workbench, some_layers
-from hsr_attention.policies import Policy, SoftmaxPolicy
+from hsr_attention.policies import DEFAULT_EPSILON, Policy, SoftmaxPolicy
 
 NAME = "perplexity"
 TITLE = "What a model loses: perplexity against r"
@@ -31,8 +31,7 @@ share ε of the mass to be left out; they stand at the number of keys they chose
 The prompts before the scored words are read densely. Beyond the model's own context positions are
 stretched by YaRN.
 """
-DEFAULT = SoftmaxPolicy().epsilon
-EPSILONS = (0.3, 0.1, DEFAULT, 0.01)
+EPSILONS = (0.3, 0.1, DEFAULT_EPSILON, 0.01)
 MASKED = (16, 256)
 LAYERS_FOR_MASS = 8
 
@@ -303,7 +302,7 @@ def findings(data: dict[str, Any]) -> list[str]:
             f"same r = {least} costs {100 * (codes[least] / dense - 1):+.2f} %."
         )
         for q in _points(p, "epsilon"):
-            if q["value"] == DEFAULT:
+            if q["value"] == DEFAULT_EPSILON:
                 said.append(
                     f"{_title(p)}, default policy: {q['perplexity']:.3f} "
                     f"({100 * (q['perplexity'] / dense - 1):+.2f} %) at a density "
