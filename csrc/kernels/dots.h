@@ -6,6 +6,11 @@ using Ints = Vector<int32_t, kRegisterBytes / 4>;
 using Floats = Vector<float, kRegisterBytes / 4>;
 constexpr int kParts = 64 / kRegisterBytes;  // registers of a block of 16 keys
 constexpr int kPartLanes = 16 / kParts;
+#if defined(__AVX2__) && !defined(HSR_AVX512) && !defined(__AVXVNNI__)
+constexpr int kDigitRows = 4;  // rows of digits that meet codes at once; a ByteSum takes two registers
+#else
+constexpr int kDigitRows = 8;
+#endif
 
 inline int32_t four_digits(const int8_t* digits) {
     int32_t word;
@@ -124,7 +129,9 @@ using Words = Vector<int16_t, 16>;
 inline Words dot2(Words sum, Bytes nibbles, int32_t digits) {
     return sum + (Words)_mm256_maddubs_epi16((__m256i)nibbles, _mm256_set1_epi32(digits));
 }
-inline Ints widen(Words sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+inline Ints widen(Words sums, int16_t factor = 1) {
+    return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(factor));
+}
 
 struct PlaneSum {
     static constexpr int kMost = kWordAdds / 2;
@@ -150,7 +157,7 @@ struct ByteSum {
         high = dot2(high, codes.high, digits);
     }
     void settle() {
-        all += widen(low) + (widen(high) << 4);
+        all += widen(low) + widen(high, 16);
         low = high = Words{};
     }
     Ints total() const { return all; }

@@ -200,6 +200,7 @@ constexpr size_t kBytesAhead = 16384;
 
 // Blocks scored together share each load of the queries' digits, which would else be what limits the loop.
 constexpr int kScanBlocks = kParts == 1 ? 2 : 1;
+constexpr int kPartsTogether = kParts == 2 ? 2 : 1;  // so do registers of one block, where enough are left for sums
 
 // Estimates of `Blocks` neighbouring blocks of one tile; raises top[q].
 template <int Count, int Blocks>
@@ -207,31 +208,36 @@ inline void score_together(const uint8_t* high, int dim, const CodedQuery* queri
                            Floats* top) {
     const int pairs = (dim + 7) / 8;
     const size_t bytes = size_t(pairs) * 64;
-    for (int part = 0; part < kParts; ++part) {
-        PlaneSum sum[Blocks][Count];
+    for (int part = 0; part < kParts; part += kPartsTogether) {
+        PlaneSum sum[Blocks * kPartsTogether][Count];
         in_turns(
             pairs, PlaneSum::kMost,
             [&](int p) {
                 for (int k = 0; k < Blocks; ++k) {
                     const uint8_t* line = high + k * (bytes + 64) + p * 64;
                     if (part == 0) __builtin_prefetch(line + kBytesAhead);
-                    const PlaneCodes codes(load<Bytes>(line + part * kRegisterBytes));
-                    for (int q = 0; q < Count; ++q)
-                        sum[k][q].add(codes, four_digits(queries[q].high + 8 * p),
-                                      four_digits(queries[q].high + 8 * p + 4));
+                    for (int i = 0; i < kPartsTogether; ++i) {
+                        const PlaneCodes codes(load<Bytes>(line + (part + i) * kRegisterBytes));
+                        for (int q = 0; q < Count; ++q)
+                            sum[k * kPartsTogether + i][q].add(codes, four_digits(queries[q].high + 8 * p),
+                                                               four_digits(queries[q].high + 8 * p + 4));
+                    }
                 }
             },
             [&] { settle_all(sum); });
         for (int k = 0; k < Blocks; ++k) {
             const uint8_t* steps = high + k * (bytes + 64) + bytes;
             if (part == 0) __builtin_prefetch(steps + kBytesAhead);
-            const Floats step = part_of_bfloat16(steps, part);
-            for (int q = 0; q < Count; ++q) {
-                const CodedQuery& query = queries[q];
-                const Floats dot = convert<Floats>(sum[k][q].total()) - 7.5f * query.high_sum;
-                const Floats estimate = step * (16.0f * query.unit * dot) + query.centre;
-                top[q] = max_of(top[q], estimate);
-                store(estimates + q * stride + k * 16 + part * kPartLanes, estimate);
+            for (int i = 0; i < kPartsTogether; ++i) {
+                const Floats step = part_of_bfloat16(steps, part + i);
+                for (int q = 0; q < Count; ++q) {
+                    const CodedQuery& query = queries[q];
+                    const Floats dot =
+                        convert<Floats>(sum[k * kPartsTogether + i][q].total()) - 7.5f * query.high_sum;
+                    const Floats estimate = step * (16.0f * query.unit * dot) + query.centre;
+                    top[q] = max_of(top[q], estimate);
+                    store(estimates + q * stride + k * 16 + (part + i) * kPartLanes, estimate);
+                }
             }
         }
     }

@@ -4,39 +4,50 @@
 // A selection goes over its blocks in passes without branches that depend on keys, each leaving its results in the
 // first cache: which blocks are in doubt; estimates from both planes; weights; lists.
 
+// totals[block][row] = products of a row of digits with both planes of a block, one register of its keys.
+template <int Rows, int Blocks>
+inline void multiply_planes(const uint8_t* const* high, const uint8_t* const* low, int pairs, int part,
+                            const int8_t* const* digits, Ints (*totals)[Rows]) {
+    ByteSum sums[Blocks][Rows];
+    in_turns(
+        pairs, ByteSum::kMost / 2,
+        [&](int p) {
+            const size_t at = size_t(p) * 64 + size_t(part) * kRegisterBytes;
+            for (int k = 0; k < Blocks; ++k) {
+                const Bytes h = load<Bytes>(high[k] + at), l = load<Bytes>(low[k] + at);
+                const ByteCodes first = ByteCodes::of_low(h, l), second = ByteCodes::of_high(h, l);
+                for (int r = 0; r < Rows; ++r) sums[k][r].add(first, four_digits(digits[r] + 8 * p));
+                for (int r = 0; r < Rows; ++r) sums[k][r].add(second, four_digits(digits[r] + 8 * p + 4));
+            }
+        },
+        [&] { settle_all(sums); });
+    for (int k = 0; k < Blocks; ++k)
+        for (int r = 0; r < Rows; ++r) totals[k][r] = sums[k][r].total();
+}
+
 // Estimates of `Blocks` blocks, refined[Blocks][Count][16]. Two blocks share each load of the queries' digits.
 template <int Count, int Blocks>
 inline void refine_together(const uint8_t* const* high, const uint8_t* const* low, int dim, const CodedQuery* queries,
                             float* refined) {
     const int pairs = (dim + 7) / 8;
+    // Both digits of all queries at once, or as many as there are registers for.
+    constexpr int kTurns = Count * 2 > kDigitRows ? 2 : 1, kRows = 2 * Count / kTurns;
+    const int8_t* digits[2 * Count];
+    for (int q = 0; q < Count; ++q) {
+        digits[q] = queries[q].high;
+        digits[Count + q] = queries[q].low;
+    }
     for (int part = 0; part < kParts; ++part) {
-        ByteSum first[Blocks][Count], second[Blocks][Count];
-        in_turns(
-            pairs, ByteSum::kMost / 2,
-            [&](int p) {
-                const size_t at = size_t(p) * 64 + size_t(part) * kRegisterBytes;
-                const auto add = [&](const ByteCodes& codes, int k, int from) {
-                    for (int q = 0; q < Count; ++q) {
-                        first[k][q].add(codes, four_digits(queries[q].high + from));
-                        second[k][q].add(codes, four_digits(queries[q].low + from));
-                    }
-                };
-                for (int k = 0; k < Blocks; ++k) {
-                    const Bytes h = load<Bytes>(high[k] + at), l = load<Bytes>(low[k] + at);
-                    add(ByteCodes::of_low(h, l), k, 8 * p);
-                    add(ByteCodes::of_high(h, l), k, 8 * p + 4);
-                }
-            },
-            [&] {
-                settle_all(first);
-                settle_all(second);
-            });
+        Ints totals[kTurns][Blocks][kRows];
+        for (int turn = 0; turn < kTurns; ++turn)
+            multiply_planes<kRows, Blocks>(high, low, pairs, part, digits + turn * kRows, totals[turn]);
         for (int k = 0; k < Blocks; ++k) {
             const Floats step = part_of_bfloat16(high[k] + size_t(pairs) * 64, part);
             for (int q = 0; q < Count; ++q) {
                 const CodedQuery& query = queries[q];
-                const Floats coarse = convert<Floats>(first[k][q].total()) - 127.5f * query.high_sum;
-                const Floats fine = convert<Floats>(second[k][q].total()) - 127.5f * query.low_sum;
+                const auto sum = [&](int row) { return convert<Floats>(totals[row / kRows][k][row % kRows]); };
+                const Floats coarse = sum(q) - 127.5f * query.high_sum;
+                const Floats fine = sum(Count + q) - 127.5f * query.low_sum;
                 store(refined + (k * Count + q) * 16 + part * kPartLanes,
                       step * (query.unit * (coarse + fine * (1.0f / 254.0f))) + query.centre);
             }
