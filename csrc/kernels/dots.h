@@ -58,6 +58,7 @@ inline Ints dot4(Ints sum, Bytes codes, int32_t digits) {
 
 struct PlaneCodes {
     Bytes first, second;
+    PlaneCodes() = default;
     // High nibbles stay in place, 16 times too large: that saves a shift for each register.
     explicit PlaneCodes(Bytes x) : first(low_nibbles(x)), second(x & (uint8_t)0xf0) {}
 };
@@ -111,6 +112,7 @@ struct ByteSum {
 // AVX2 alone has no instruction for four products of bytes that does not saturate: codes meet digits as nibbles.
 struct PlaneCodes {
     Bytes first, second;
+    PlaneCodes() = default;
     explicit PlaneCodes(Bytes x) : first(low_nibbles(x)), second(high_nibbles(x)) {}
 };
 struct ByteCodes {
@@ -182,5 +184,5 @@ inline void in_turns(int count, int most, const Body& body, const Settle& settle
 }
 
 inline Floats part_of_bfloat16(const uint8_t* from, int part) {
-    return from_bfloat16(load<Vector<uint16_t, kPartLanes>>(from + 2 * kPartLanes * part));
+    return load_bfloat16<Floats>(from + 2 * kPartLanes * part);
 }

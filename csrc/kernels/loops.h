@@ -202,9 +202,18 @@ constexpr size_t kBytesAhead = 16384;
 constexpr int kScanBlocks = kParts == 1 ? 2 : 1;
 constexpr int kPartsTogether = kParts == 2 ? 2 : 1;  // so do registers of one block, where enough are left for sums
 
+// What a scan needs of a query, away from memory that might be what it writes to.
+struct ScanQuery {
+    const int8_t* digits;
+    float offset, factor, centre;
+    ScanQuery() = default;
+    explicit ScanQuery(const CodedQuery& query)
+        : digits(query.high), offset(7.5f * query.high_sum), factor(16.0f * query.unit), centre(query.centre) {}
+};
+
 // Estimates of `Blocks` neighbouring blocks of one tile; raises top[q].
 template <int Count, int Blocks>
-inline void score_together(const uint8_t* high, int dim, const CodedQuery* queries, float* estimates, size_t stride,
+inline void score_together(const uint8_t* high, int dim, const ScanQuery* queries, float* estimates, size_t stride,
                            Floats* top) {
     const int pairs = (dim + 7) / 8;
     const size_t bytes = size_t(pairs) * 64;
@@ -216,11 +225,13 @@ inline void score_together(const uint8_t* high, int dim, const CodedQuery* queri
                 for (int k = 0; k < Blocks; ++k) {
                     const uint8_t* line = high + k * (bytes + 64) + p * 64;
                     if (part == 0) __builtin_prefetch(line + kBytesAhead);
-                    for (int i = 0; i < kPartsTogether; ++i) {
-                        const PlaneCodes codes(load<Bytes>(line + (part + i) * kRegisterBytes));
-                        for (int q = 0; q < Count; ++q)
-                            sum[k * kPartsTogether + i][q].add(codes, four_digits(queries[q].high + 8 * p),
-                                                               four_digits(queries[q].high + 8 * p + 4));
+                    PlaneCodes codes[kPartsTogether];
+                    for (int i = 0; i < kPartsTogether; ++i)
+                        codes[i] = PlaneCodes(load<Bytes>(line + (part + i) * kRegisterBytes));
+                    for (int q = 0; q < Count; ++q) {
+                        const int32_t digits = four_digits(queries[q].digits + 8 * p),
+                                      more = four_digits(queries[q].digits + 8 * p + 4);
+                        for (int i = 0; i < kPartsTogether; ++i) sum[k * kPartsTogether + i][q].add(codes[i], digits, more);
                     }
                 }
             },
@@ -231,10 +242,9 @@ inline void score_together(const uint8_t* high, int dim, const CodedQuery* queri
             for (int i = 0; i < kPartsTogether; ++i) {
                 const Floats step = part_of_bfloat16(steps, part + i);
                 for (int q = 0; q < Count; ++q) {
-                    const CodedQuery& query = queries[q];
-                    const Floats dot =
-                        convert<Floats>(sum[k * kPartsTogether + i][q].total()) - 7.5f * query.high_sum;
-                    const Floats estimate = step * (16.0f * query.unit * dot) + query.centre;
+                    const ScanQuery& query = queries[q];
+                    const Floats dot = convert<Floats>(sum[k * kPartsTogether + i][q].total()) - query.offset;
+                    const Floats estimate = step * (query.factor * dot) + query.centre;
                     top[q] = max_of(top[q], estimate);
                     store(estimates + q * stride + k * 16 + (part + i) * kPartLanes, estimate);
                 }
@@ -244,7 +254,7 @@ inline void score_together(const uint8_t* high, int dim, const CodedQuery* queri
 }
 
 template <int Count>
-inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* estimates,
+inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const ScanQuery* queries, float* estimates,
                          size_t stride, Floats* top) {
     const size_t bytes = size_t(dim + 7) / 8 * 64 + 64;
     size_t block = 0;
@@ -257,9 +267,13 @@ inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const Code
 template <int Count>
 inline void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* estimates,
                       size_t stride, float* maxima) {
+    ScanQuery scanned[Count];
     Floats top[Count];
-    for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(maxima[q]);
-    score_blocks<Count>(high, dim, blocks, queries, estimates, stride, top);
+    for (int q = 0; q < Count; ++q) {
+        scanned[q] = ScanQuery(queries[q]);
+        top[q] = splat_to<Floats>(maxima[q]);
+    }
+    score_blocks<Count>(high, dim, blocks, scanned, estimates, stride, top);
     for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
 }
 
@@ -284,14 +298,18 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
     const size_t stride = uppers ? uppers_stride : kGroup * 16;
     float reference[Count];
     f32x16 sum[Count] = {};
-    for (int q = 0; q < Count; ++q) reference[q] = -3.0e38f;
+    ScanQuery scanned[Count];
+    for (int q = 0; q < Count; ++q) {
+        reference[q] = -3.0e38f;
+        scanned[q] = ScanQuery(queries[q]);
+    }
     for (size_t first = 0; first < blocks; first += kGroup) {
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
         const uint8_t* codes = high + first * (bytes + 64);
         float* here = uppers ? uppers + first * 16 : scratch;
         Floats top[Count];
         for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(-kInfinity);
-        score_blocks<Count>(codes, dim, count, queries, here, stride, top);
+        score_blocks<Count>(codes, dim, count, scanned, here, stride, top);
         for (int q = 0; q < Count; ++q) {
             const float highest = max_of_lanes(top[q]);
             if (highest > reference[q]) {
@@ -304,11 +322,15 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
         }
         CoarseExp weight_of[Count];
         for (int q = 0; q < Count; ++q) weight_of[q] = CoarseExp(reference[q]);
-        for (size_t block = 0; block < kGroup; block += 4) {  // what lies behind `blocks` weighs nothing
-            f32x16 upper_mass[Count][4] = {};
-            for (size_t b = 0; b < 4 && block + b < count; ++b, codes += bytes + 64) {
-                const f32x16 step = from_bfloat16(load<u16x16>(codes + bytes)),
-                             residual = from_bfloat16(load<u16x16>(codes + bytes + 32));
+        for (size_t block = 0; block < kGroup; block += 4) {
+            Folded upper_mass[Count][4];
+            for (size_t b = 0; b < 4; ++b, codes += bytes + 64) {
+                if (block + b >= count) {  // what lies behind `blocks` weighs nothing
+                    for (int q = 0; q < Count; ++q) upper_mass[q][b] = Folded{};
+                    continue;
+                }
+                const f32x16 step = load_bfloat16<f32x16>(codes + bytes),
+                             residual = load_bfloat16<f32x16>(codes + bytes + 32);
                 for (int q = 0; q < Count; ++q) {
                     const CodedQuery& query = queries[q];
                     float* own = here + q * stride + (block + b) * 16;
@@ -316,7 +338,7 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
                     const f32x16 upper = estimate + (query.slope4 * residual + query.slope4_step * step + query.slack);
                     sum[q] += weight_of[q](estimate);
                     if (uppers) store(own, upper);
-                    upper_mass[q][b] = weight_of[q](upper);
+                    upper_mass[q][b] = folded(weight_of[q](upper));
                 }
             }
             for (int q = 0; q < Count; ++q) sums_of_4(upper_mass[q], block_masses + q * mass_stride + first + block);
@@ -344,13 +366,15 @@ inline void scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const C
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     alignas(64) float scratch[Count * kGroup * 16];
     Floats top[Count] = {};
+    ScanQuery scanned[Count];
+    for (int q = 0; q < Count; ++q) scanned[q] = ScanQuery(queries[q]);
     for (size_t first = 0; first < blocks; first += kGroup) {
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
         const uint8_t* codes = high + first * (bytes + 64);
-        score_blocks<Count>(codes, dim, count, queries, scratch, kGroup * 16, top);
+        score_blocks<Count>(codes, dim, count, scanned, scratch, kGroup * 16, top);
         for (size_t b = 0; b < count; ++b, codes += bytes + 64) {
-            const f32x16 step = from_bfloat16(load<u16x16>(codes + bytes)),
-                         residual = from_bfloat16(load<u16x16>(codes + bytes + 32));
+            const f32x16 step = load_bfloat16<f32x16>(codes + bytes),
+                         residual = load_bfloat16<f32x16>(codes + bytes + 32);
             for (int q = 0; q < Count; ++q) {
                 const CodedQuery& query = queries[q];
                 const f32x16 upper = load<f32x16>(scratch + (q * kGroup + b) * 16) +
@@ -447,8 +471,8 @@ void bounds(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, con
     const float slope = refined ? query->slope8 : query->slope4,
                 slope_step = refined ? query->slope8_step : query->slope4_step;
     for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
-        const f32x16 step = from_bfloat16(load<u16x16>(high + bytes)),
-                     residual = from_bfloat16(load<u16x16>(refined ? low + bytes : high + bytes + 32));
+        const f32x16 step = load_bfloat16<f32x16>(high + bytes),
+                     residual = load_bfloat16<f32x16>(refined ? low + bytes : high + bytes + 32);
         const f32x16 band = slope * residual + slope_step * step + query->slack;
         // A key that is not coded (band infinite) may score anything, in either direction.
         const f32x16 from = load<f32x16>(estimates + block * 16);

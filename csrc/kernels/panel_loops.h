@@ -27,10 +27,10 @@ void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t block
                 store(to + 256 + at, ByteCodes::of_high(h, l).bytes());
             }
         }
-        const f32x16 step = from_bfloat16(load<u16x16>(high + bytes));
+        const f32x16 step = load_bfloat16<f32x16>(high + bytes);
         store(panel->steps + block * 16, step);
         largest = max_of(largest, step);
-        residual = max_of(residual, from_bfloat16(load<u16x16>(low + bytes)));
+        residual = max_of(residual, load_bfloat16<f32x16>(low + bytes));
     }
     for (size_t block = blocks; block % 4; ++block) {
         uint8_t* to = panel->codes + block / 4 * 8 * bytes + block % 4 * 64;

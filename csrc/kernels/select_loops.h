@@ -25,17 +25,18 @@ inline void multiply_planes(const uint8_t* const* high, const uint8_t* const* lo
         for (int r = 0; r < Rows; ++r) totals[k][r] = sums[k][r].total();
 }
 
-// Estimates of `Blocks` blocks, refined[Blocks][Count][16]. Two blocks share each load of the queries' digits.
+// Estimates of `Blocks` blocks for `Count` of the queries, refined[Blocks][all queries][16]. Two blocks share each load of
+// the queries' digits.
 template <int Count, int Blocks>
 inline void refine_together(const uint8_t* const* high, const uint8_t* const* low, int dim, const CodedQuery* queries,
-                            float* refined) {
+                            const int* which, int all, float* refined) {
     const int pairs = (dim + 7) / 8;
     // Both digits of all queries at once, or as many as there are registers for.
     constexpr int kTurns = Count * 2 > kDigitRows ? 2 : 1, kRows = 2 * Count / kTurns;
     const int8_t* digits[2 * Count];
     for (int q = 0; q < Count; ++q) {
-        digits[q] = queries[q].high;
-        digits[Count + q] = queries[q].low;
+        digits[q] = queries[which[q]].high;
+        digits[Count + q] = queries[which[q]].low;
     }
     for (int part = 0; part < kParts; ++part) {
         Ints totals[kTurns][Blocks][kRows];
@@ -44,16 +45,17 @@ inline void refine_together(const uint8_t* const* high, const uint8_t* const* lo
         for (int k = 0; k < Blocks; ++k) {
             const Floats step = part_of_bfloat16(high[k] + size_t(pairs) * 64, part);
             for (int q = 0; q < Count; ++q) {
-                const CodedQuery& query = queries[q];
+                const CodedQuery& query = queries[which[q]];
                 const auto sum = [&](int row) { return convert<Floats>(totals[row / kRows][k][row % kRows]); };
                 const Floats coarse = sum(q) - 127.5f * query.high_sum;
                 const Floats fine = sum(Count + q) - 127.5f * query.low_sum;
-                store(refined + (k * Count + q) * 16 + part * kPartLanes,
+                store(refined + (k * all + which[q]) * 16 + part * kPartLanes,
                       step * (query.unit * (coarse + fine * (1.0f / 254.0f))) + query.centre);
             }
         }
     }
 }
+constexpr int kEvery[kTile] = {0, 1, 2, 3};
 
 template <int Count>
 inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
@@ -63,7 +65,7 @@ inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t
     f32x16 top[Count];
     for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
     for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
-        refine_together<Count, 1>(&high, &low, dim, queries, refined);
+        refine_together<Count, 1>(&high, &low, dim, queries, kEvery, Count, refined);
         for (int q = 0; q < Count; ++q) {
             const f32x16 own = load<f32x16>(refined + q * 16);
             top[q] = max_of(top[q], own);
@@ -163,8 +165,8 @@ inline void weigh_doubtful(const uint8_t* high, const uint8_t* low, size_t bytes
                            const Selection* selection, Doubtful<Count>& found, WeightSums* sums) {
     for (size_t f = 0; f < found.count; ++f) {
         const size_t block = found.block[f];
-        const f32x16 step = from_bfloat16(load<u16x16>(high + block * (bytes + 64) + bytes)),
-                     residual8 = from_bfloat16(load<u16x16>(low + block * (bytes + 32) + bytes));
+        const f32x16 step = load_bfloat16<f32x16>(high + block * (bytes + 64) + bytes),
+                     residual8 = load_bfloat16<f32x16>(low + block * (bytes + 32) + bytes);
         const uint32_t uncoded = mask_ge(residual8, splat(kInfinity));
         uint32_t any = 0;
         for (int q = 0; q < Count; ++q) {
@@ -172,6 +174,11 @@ inline void weigh_doubtful(const uint8_t* high, const uint8_t* low, size_t bytes
             const Selection& own = selection[q];
             const f32x16 estimate = load<f32x16>(found.keys[f][q]);
             const uint32_t seen = found.doubts[f][q];
+            if (kRefineBlocks == 1 && !seen) {  // not refined
+                store(found.keys[f][q], f32x16{});
+                found.exact[f][q] = 0;
+                continue;
+            }
             const f32x16 band = query.slope8 * residual8 + query.slope8_step * step + query.slack;
             const f32x16 decisive = own.keep_upper ? estimate + band : estimate;
             const uint32_t keep = seen & (mask_ge(decisive, splat(own.threshold)) | uncoded);
@@ -224,7 +231,21 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
                 for (int g = 0; g < groups; ++g)
                     __builtin_prefetch(value_parameters + (later * size_t(groups) + size_t(g)) * 64);
         }
-        refine_together<Count, kRefineBlocks>(h, l, dim, queries, found.keys[f][0]);
+        if constexpr (kRefineBlocks == 1) {
+            int which[kTile] = {}, some = 0;
+            for (int q = 0; q < Count; ++q)
+                if (found.doubts[f][q]) which[some++] = q;
+            float* refined = found.keys[f][0];
+            constexpr int kTwo = Count < 2 ? Count : 2, kThree = Count < 3 ? Count : 3;
+            switch (some) {
+                case 1: refine_together<1, 1>(h, l, dim, queries, which, Count, refined); break;
+                case 2: refine_together<kTwo, 1>(h, l, dim, queries, which, Count, refined); break;
+                case 3: refine_together<kThree, 1>(h, l, dim, queries, which, Count, refined); break;
+                default: refine_together<Count, 1>(h, l, dim, queries, which, Count, refined); break;
+            }
+        } else {
+            refine_together<Count, kRefineBlocks>(h, l, dim, queries, kEvery, Count, found.keys[f][0]);
+        }
     }
     WeightSums own[Count];
     weigh_doubtful<Count, Wanted>(high, low, bytes, queries, selection, found, own);
@@ -248,8 +269,8 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
         compress(lanes, lane + int32_t(first_key + block * 16), kept->keys + count);
         const uint8_t* parameters = value_parameters + block * size_t(groups) * 64;
         for (int g = 0; g < groups; ++g, parameters += 64) {
-            const f32x16 value_step = from_bfloat16(load<u16x16>(parameters)),
-                         value_offset = from_bfloat16(load<u16x16>(parameters + 32));
+            const f32x16 value_step = load_bfloat16<f32x16>(parameters),
+                         value_offset = load_bfloat16<f32x16>(parameters + 32);
             for (int q = 0; q < Count; ++q) {
                 const f32x16 weight = load<f32x16>(found.keys[f][q]), scaled = weight * value_step;
                 offsets[q][g] += weight * value_offset;

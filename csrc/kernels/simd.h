@@ -44,6 +44,21 @@ inline auto from_bfloat16(const Bits& bits) {
     constexpr int lanes = Shape<Bits>::lanes;
     return as<Vector<float, lanes>>(convert<Vector<uint32_t, lanes>>(bits) << 16);
 }
+// Register by register from memory: widening half a register in place costs several shuffles.
+template <class V>
+inline V load_bfloat16(const void* from) {
+    if constexpr (Shape<V>::pair) {
+        using Half = typename Shape<V>::Half;
+        return {load_bfloat16<Half>(from), load_bfloat16<Half>((const uint16_t*)from + Shape<Half>::lanes)};
+    } else {
+#if defined(__AVX2__) && !defined(HSR_AVX512)
+        static_assert(Shape<V>::lanes == 8, "one register");
+        return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
+        return from_bfloat16(load<Vector<uint16_t, Shape<V>::lanes>>(from));
+#endif
+    }
+}
 // Smallest bfloat16 >= x, for x >= 0 (and +inf).
 inline uint16_t bfloat16_up(float x) {
     uint32_t bits;
@@ -72,8 +87,11 @@ inline f32x16 from_float16(u16x16 bits) { return (f32x16)_mm512_cvtph_ps((__m256
 inline i32x16 widen_bytes(u8x16 bytes) { return (i32x16)_mm512_cvtepu8_epi32((__m128i)bytes); }
 inline u8x16 unsigned_bytes(i32x16 x) { return convert<u8x16>(x); }
 inline i8x16 signed_bytes(i32x16 x) { return convert<i8x16>(x); }
+// The lanes of x added up until they fit one register.
+using Folded = f32x16;
+inline Folded folded(f32x16 x) { return x; }
 // out[i] = the sum of the lanes of x[i]: each round halves the number of vectors.
-inline void sums_of_4(const f32x16* x, float* out) {
+inline void sums_of_4(const Folded* x, float* out) {
     __m512 pairs[2];
     for (int i = 0; i < 2; ++i) {  // within 128 bits: lanes of x[2i] and x[2i + 1] in turn
         const __m512 u = (__m512)x[2 * i], v = (__m512)x[2 * i + 1];
@@ -88,18 +106,24 @@ inline void sums_of_4(const f32x16* x, float* out) {
 
 #else
 
+using Folded = f32x8;
+inline Folded folded(f32x16 x) { return lower(x) + upper(x); }
 #if defined(__AVX2__)
-inline void sums_of_4(const f32x16* x, float* out) {
-    __m256 eights[4];
-    for (int i = 0; i < 4; ++i) eights[i] = (__m256)(x[i].low + x[i].high);
-    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(eights[0], eights[1]), _mm256_hadd_ps(eights[2], eights[3]));
+inline void sums_of_4(const Folded* x, float* out) {
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps((__m256)x[0], (__m256)x[1]),
+                                       _mm256_hadd_ps((__m256)x[2], (__m256)x[3]));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 #else
-inline void sums_of_4(const f32x16* x, float* out) {
+inline void sums_of_4(const Folded* x, float* out) {
     for (int i = 0; i < 4; ++i) out[i] = sum_of(x[i]);
 }
 #endif
+inline void sums_of_4(const f32x16* x, float* out) {
+    const Folded halves[4] = {folded(x[0]), folded(x[1]), folded(x[2]), folded(x[3])};
+    sums_of_4(halves, out);
+}
+
 inline uint32_t mask_ge(f32x16 a, f32x16 b) { return bits_of(a >= b); }
 inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return bits_of(~(a < b)); }
 inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
@@ -226,8 +250,8 @@ struct CoarseExp {
 
 inline f32x16 load_row(Dtype dtype, const void* row, int at) {
     if (dtype == Dtype::float32) return load<f32x16>((const float*)row + at);
-    const u16x16 bits = load<u16x16>((const uint16_t*)row + at);
-    return dtype == Dtype::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
+    if (dtype == Dtype::bfloat16) return load_bfloat16<f32x16>((const uint16_t*)row + at);
+    return from_float16(load<u16x16>((const uint16_t*)row + at));
 }
 // The last, partial sixteen of a row; lanes past the end are zero.
 inline f32x16 load_row_part(Dtype dtype, const void* row, int at, int lanes) {
