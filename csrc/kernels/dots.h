@@ -6,10 +6,12 @@ using Ints = Vector<int32_t, kRegisterBytes / 4>;
 using Floats = Vector<float, kRegisterBytes / 4>;
 constexpr int kParts = 64 / kRegisterBytes;  // registers of a block of 16 keys
 constexpr int kPartLanes = 16 / kParts;
+// How many registers of a block share a load of digits in a scan, and how many rows of digits one of codes in a
+// refinement: as many as leave their sums in registers.
 #if defined(__AVX2__) && !defined(HSR_AVX512) && !defined(__AVXVNNI__)
-constexpr int kDigitRows = 4;  // rows of digits that meet codes at once; a ByteSum takes two registers
+constexpr int kPartsTogether = 2, kDigitRows = 4;
 #else
-constexpr int kDigitRows = 8;
+constexpr int kPartsTogether = 1, kDigitRows = 8;
 #endif
 
 inline int32_t four_digits(const int8_t* digits) {

@@ -200,7 +200,6 @@ constexpr size_t kBytesAhead = 16384;
 
 // Blocks scored together share each load of the queries' digits, which would else be what limits the loop.
 constexpr int kScanBlocks = kParts == 1 ? 2 : 1;
-constexpr int kPartsTogether = kParts == 2 ? 2 : 1;  // so do registers of one block, where enough are left for sums
 
 // What a scan needs of a query, away from memory that might be what it writes to.
 struct ScanQuery {
@@ -231,7 +230,8 @@ inline void score_together(const uint8_t* high, int dim, const ScanQuery* querie
                     for (int q = 0; q < Count; ++q) {
                         const int32_t digits = four_digits(queries[q].digits + 8 * p),
                                       more = four_digits(queries[q].digits + 8 * p + 4);
-                        for (int i = 0; i < kPartsTogether; ++i) sum[k * kPartsTogether + i][q].add(codes[i], digits, more);
+                        for (int i = 0; i < kPartsTogether; ++i)
+                            sum[k * kPartsTogether + i][q].add(codes[i], digits, more);
                     }
                 }
             },

@@ -25,8 +25,8 @@ inline void multiply_planes(const uint8_t* const* high, const uint8_t* const* lo
         for (int r = 0; r < Rows; ++r) totals[k][r] = sums[k][r].total();
 }
 
-// Estimates of `Blocks` blocks for `Count` of the queries, refined[Blocks][all queries][16]. Two blocks share each load of
-// the queries' digits.
+// Estimates of `Blocks` blocks for `Count` of the queries, refined[Blocks][all queries][16]. Two blocks share each load
+// of the queries' digits.
 template <int Count, int Blocks>
 inline void refine_together(const uint8_t* const* high, const uint8_t* const* low, int dim, const CodedQuery* queries,
                             const int* which, int all, float* refined) {

@@ -110,8 +110,8 @@ using Folded = f32x8;
 inline Folded folded(f32x16 x) { return lower(x) + upper(x); }
 #if defined(__AVX2__)
 inline void sums_of_4(const Folded* x, float* out) {
-    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps((__m256)x[0], (__m256)x[1]),
-                                       _mm256_hadd_ps((__m256)x[2], (__m256)x[3]));
+    const __m256 sums =
+        _mm256_hadd_ps(_mm256_hadd_ps((__m256)x[0], (__m256)x[1]), _mm256_hadd_ps((__m256)x[2], (__m256)x[3]));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 #else
