@@ -17,11 +17,23 @@ namespace {
 
 #include "kernels/lanes.h"
 
+// Left to GCC, a conversion to or from eight numbers of float64 is made of halves of registers, put together again.
 inline f64x8 load8(const float* from) {
 #if defined(HSR_AVX512)
-    return (f64x8)_mm512_cvtps_pd(_mm256_loadu_ps(from));  // GCC makes two halves of a conversion
+    return (f64x8)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+    return {(f64x4)_mm256_cvtps_pd(_mm_loadu_ps(from)), (f64x4)_mm256_cvtps_pd(_mm_loadu_ps(from + 4))};
 #else
     return convert<f64x8>(load<f32x8>(from));
+#endif
+}
+inline i32x8 cut8(const f64x8& x) {  // towards zero
+#if defined(HSR_AVX512)
+    return (i32x8)_mm512_cvttpd_epi32((__m512d)x);
+#elif defined(__AVX2__)
+    return (i32x8)_mm256_set_m128i(_mm256_cvttpd_epi32((__m256d)x.high), _mm256_cvttpd_epi32((__m256d)x.low));
+#else
+    return convert<i32x8>(x);
 #endif
 }
 
@@ -176,6 +188,26 @@ inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(__mmask8(mask), packed));
     return size_t(__builtin_popcount(mask));
 }
+#elif defined(__AVX2__)
+// Lanes of four 64-bit numbers, as pairs of 32 bits, that bring those of a mask to the front.
+alignas(32) constexpr int32_t kPacking[16][8] = {
+    {0, 1, 2, 3, 4, 5, 6, 7}, {0, 1, 2, 3, 4, 5, 6, 7}, {2, 3, 0, 1, 4, 5, 6, 7}, {0, 1, 2, 3, 4, 5, 6, 7},
+    {4, 5, 0, 1, 2, 3, 6, 7}, {0, 1, 4, 5, 2, 3, 6, 7}, {2, 3, 4, 5, 0, 1, 6, 7}, {0, 1, 2, 3, 4, 5, 6, 7},
+    {6, 7, 0, 1, 2, 3, 4, 5}, {0, 1, 6, 7, 2, 3, 4, 5}, {2, 3, 6, 7, 0, 1, 4, 5}, {0, 1, 2, 3, 6, 7, 4, 5},
+    {4, 5, 6, 7, 0, 1, 2, 3}, {0, 1, 4, 5, 6, 7, 2, 3}, {2, 3, 4, 5, 6, 7, 0, 1}, {0, 1, 2, 3, 4, 5, 6, 7}};
+inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
+    const auto four = [&](__m256d their_scores, int64_t position, unsigned bits, PackedHit* to) {
+        const __m128i id = ids ? _mm_loadu_si128((const __m128i*)(ids + position))
+                               : _mm_add_epi32(_mm_set1_epi32(int(position)), _mm_setr_epi32(0, 1, 2, 3));
+        const __m128i score = _mm_castps_si128(_mm256_cvtpd_ps(their_scores));
+        const __m256i packed = _mm256_set_m128i(_mm_unpackhi_epi32(score, id), _mm_unpacklo_epi32(score, id));
+        _mm256_storeu_si256(
+            (__m256i*)to, _mm256_permutevar8x32_epi32(packed, _mm256_load_si256((const __m256i*)kPacking[bits])));
+        return size_t(__builtin_popcount(bits));
+    };
+    const size_t found = four((__m256d)scores.low, first, mask & 15, out);
+    return found + four((__m256d)scores.high, first + 4, mask >> 4, out + found);
+}
 #else
 inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
     size_t found = 0;
@@ -230,55 +262,112 @@ size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const
     return found;
 }
 
-inline f32x16 load16(const uint8_t* from) {
-#if defined(HSR_AVX512)
-    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
-#elif defined(__AVX2__)
-    const __m128i codes = _mm_loadu_si128((const __m128i*)from);
-    return {(f32x8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
-            (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
+// (a b) >> 16 of signed 16-bit lanes, rounded down.
+template <class V>
+inline V high_products(const V& a, const V& b) {
+    if constexpr (Shape<V>::pair) {
+        return {high_products(a.low, b.low), high_products(a.high, b.high)};
+    } else {
+#if defined(__AVX2__)
+        return (V)_mm256_mulhi_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+        return (V)_mm_mulhi_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)  // the doubled product's high half, halved
+        return (V)vshrq_n_s16(vqdmulhq_s16((int16x8_t)a, (int16x8_t)b), 1);
 #else
-    return convert<f32x16>(convert<i32x16>(load<u8x16>(from)));
+        V product;
+        for (int i = 0; i < Shape<V>::lanes; ++i) product[i] = int16_t(int32_t(a[i]) * b[i] >> 16);
+        return product;
+#endif
+    }
+}
+
+// Appends those of the four blocks from `first` on with a sum above the limit, a lane a key. Without a branch: which
+// stay open cannot be predicted. Writes four, says how many count.
+inline size_t append_open(const i16x16& low, const i16x16& high, int16_t limit, int32_t first, int32_t* blocks) {
+#if defined(__AVX2__)
+    // By the bits of the four blocks, which stand in the order 0, 2, 1, 3: their numbers, packed.
+    alignas(16) static const uint8_t numbers[16][4] = {
+        {0, 0, 0, 0}, {0, 0, 0, 0}, {2, 0, 0, 0}, {0, 2, 0, 0}, {1, 0, 0, 0}, {0, 1, 0, 0}, {1, 2, 0, 0}, {0, 1, 2, 0},
+        {3, 0, 0, 0}, {0, 3, 0, 0}, {2, 3, 0, 0}, {0, 2, 3, 0}, {1, 3, 0, 0}, {0, 1, 3, 0}, {1, 2, 3, 0}, {0, 1, 2, 3}};
+    const __m256i most = _mm256_set1_epi16(limit);
+    const __m256i above =
+        _mm256_packs_epi16(_mm256_cmpgt_epi16((__m256i)low, most), _mm256_cmpgt_epi16((__m256i)high, most));
+    const __m256i none = _mm256_cmpeq_epi64(above, _mm256_setzero_si256());
+    const unsigned open = unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(none))) ^ 15;
+    int32_t packed;
+    __builtin_memcpy(&packed, numbers[open], 4);
+    _mm_storeu_si128((__m128i*)blocks,
+                     _mm_add_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(packed)), _mm_set1_epi32(first)));
+    return size_t(__builtin_popcount(open));
+#else
+    size_t found = 0;
+    for (int b = 0; b < 4; ++b) {
+        const auto above = (b & 1 ? upper(b & 2 ? high : low) : lower(b & 2 ? high : low)) > limit;
+        uint64_t lanes[2];
+        __builtin_memcpy(lanes, &above, sizeof lanes);
+        blocks[found] = first + b;
+        found += (lanes[0] | lanes[1]) != 0;
+    }
+    return found;
 #endif
 }
 
 // What codes must add up to for a key to stay. The score of a key of leaf c is at most shift + <q, m> +
-// sum_j w_j (code_j - 127.5) + error S + slack, with w_j = q_j h_j / 127.5, S = sum_j |q_j| h_j and the leaf's box m +-
+// sum_j w_j (code_j + 0.5) + error S + slack, with w_j = q_j h_j / 127.5, S = sum_j |q_j| h_j and the leaf's box m +-
 // h. The slack covers the rounding of these sums in float64: they have at most 6 d + 21 roundings of terms of its unit.
-// In float32 a weight, a product and a sum lose at most 2^-24 each of sum_j |w_j| 255 = 2 S, so (2 d + 1) 2^-23 S
-// together; the limit 2^-24 of its size. Where S is so small or large that the range of float32 matters, codes do not
-// decide.
+// So the code of a key in the half-space has sum_j w_j code_j >= least.
+// Weights are integers W_j, g w_j with g = 127.5 kUnits / S cut to an integer, so that their sizes add up to at most
+// kUnits, and a product is P_j = floor(code_j W_j / 256). So sum_j P_j fits 16 bits, and it is above sum_j g w_j code_j
+// / 256 - 1.5 d: the floor loses less than 1, the cut of the weight less than 128 / 256. Two more units are more than
+// float64 loses of numbers below 2^15 and the limit loses when it is cut. Where S is zero, or too small or large
+// for g, the limit lets everything through.
 template <int D>
-size_t open_blocks(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+size_t open_blocks(const int8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
                    unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks) {
-    const int d = D ? D : dim;
-    float weights[(D ? D : kMostCoded) * kLanes], limits[kLanes];
+    constexpr double kUnits = 32760, kLowest = -32768, kHighest = 32767;
+    const int d = D ? D : dim, pairs = (d + 1) / 2;
+    f64x8 products[D ? D : kMostCoded];  // q_j h_j
     f64x8 middle = {}, width = {}, sum = {};
     for (int j = 0; j < d; ++j) {
-        const f64x8 h = load8(volumes + (d + j) * kLanes), weight = h * half.query[j];
+        const f64x8 h = load8(volumes + (d + j) * kLanes);
+        products[j] = h * half.query[j];
         middle += load8(volumes + j * kLanes) * half.query[j];
         width += h * half.magnitude[j];
-        sum += weight;
-        store(weights + j * kLanes, convert<f32x8>(weight * (1 / kCodeCentre)));
+        sum += products[j];
     }
-    const f64x8 least = half.threshold - half.shift - middle + sum - error * width - half.slack;
-    const f64x8 size = select(least < 0.0, -least, least);
-    store(limits, convert<f32x8>(least - (2 * d + 4) * 0x1p-23 * width - 0x1p-22 * size));
-    const unsigned decided = at_least(width, 1e-30) & below(width, 1e30);
+    const auto decided = (width >= 1e-30) & (width < 1e30);
+    const f64x8 none = {}, scale = select(decided, kUnits / width, none);
+    int32_t weights[(D ? D + 1 : kMostCoded) * kLanes], limits[kLanes];  // a weight twice
+    for (int j = 0; j < d; ++j) {
+        const auto cut = as<u32x8>(cut8(products[j] * scale)) & 0xffffu;
+        store(weights + j * kLanes, cut | cut << 16);
+    }
+    if (d & 1) store(weights + d * kLanes, i32x8{});
+    const f64x8 least =
+        half.threshold - half.shift - middle - sum * (0.5 / kCodeCentre) - error * width - half.slack;
+    f64x8 limit = least * scale * (kCodeCentre / 256) - (1.5 * d + 2);
+    const f64x8 lowest = none + kLowest, highest = none + kHighest;
+    limit = select(decided & (limit >= kLowest), limit, lowest);
+    store(limits, cut8(select(limit < kHighest, limit, highest)));
     size_t found = 0;
     for (; leaves; leaves &= leaves - 1) {
         const int c = __builtin_ctz(leaves);
-        const uint8_t* row = codes + int64_t(begin[c]) * d;
-        for (int32_t first = begin[c]; first < end[c]; first += kCodeRun, row += d * kCodeRun) {
-            f32x16 scores = load16(row) * weights[c];
-            for (int j = 1; j < d; ++j) scores += load16(row + j * kCodeRun) * weights[j * kLanes + c];
-            // Without a branch: which blocks stay open cannot be predicted.
-            const unsigned all = ~decided >> c & 1;
-            blocks[found] = first / kLanes;
-            found += (not_below(lower(scores), limits[c]) | all) != 0;
-            blocks[found] = first / kLanes + 1;
-            found += size_t((not_below(upper(scores), limits[c]) | all) != 0) & size_t(first + kLanes < end[c]);
+        const int8_t* row = codes + int64_t(begin[c]) * 2 * pairs;
+        const size_t before = found;
+        for (int32_t first = begin[c]; first < end[c]; first += kCodeRun) {
+            i16x16 low = {}, high = {};
+            for (int j = 0; j < pairs; ++j, row += 2 * kCodeRun) {
+                const i16x16 even = as<i16x16>(splat_to<i32x8>(weights[2 * j * kLanes + c]));
+                const i16x16 odd = as<i16x16>(splat_to<i32x8>(weights[(2 * j + 1) * kLanes + c]));
+                const u16x16 a = load<u16x16>(row), b = load<u16x16>(row + kCodeRun);
+                low += high_products(as<i16x16>(a << uint16_t(8)), even) + high_products(as<i16x16>(a & uint16_t(0xff00)), odd);
+                high += high_products(as<i16x16>(b << uint16_t(8)), even) + high_products(as<i16x16>(b & uint16_t(0xff00)), odd);
+            }
+            found += append_open(low, high, int16_t(limits[c]), first / kLanes, blocks + found);
         }
+        // Behind the last key of a leaf there are others or none.
+        while (found > before && blocks[found - 1] * kLanes >= end[c]) --found;
     }
     return found;
 }
@@ -413,7 +502,7 @@ size_t any_scan(const float* blocks, int dim, int64_t begin, int64_t end, const 
 #define HSR_ARGUMENTS (blocks, dim, begin, end, search, first_id, ids, scores)
     HSR_BY_DIMENSION(scan_rows)
 #undef HSR_ARGUMENTS
-} size_t any_open_blocks(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+} size_t any_open_blocks(const int8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
                          unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks){
 #define HSR_ARGUMENTS (codes, volumes, dim, half, error, leaves, begin, end, blocks)
     HSR_BY_DIMENSION(open_blocks)
