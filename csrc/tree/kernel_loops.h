@@ -179,7 +179,8 @@ inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, c
 #if defined(HSR_AVX512)
 // Writes 8 packed hits and returns how many of them count. No branch: where hits are dense, a branch on the mask
 // is mispredicted every other block.
-inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
+[[gnu::always_inline]] inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids,
+                                               PackedHit* out) {
     const __m256i id = ids ? _mm256_maskz_loadu_epi32(__mmask8(mask), ids + first)
                            : _mm256_add_epi32(_mm256_set1_epi32(int(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     const __m256i bits = _mm256_castps_si256(_mm512_cvtpd_ps((__m512d)scores));
@@ -195,21 +196,24 @@ alignas(32) constexpr int32_t kPacking[16][8] = {
     {4, 5, 0, 1, 2, 3, 6, 7}, {0, 1, 4, 5, 2, 3, 6, 7}, {2, 3, 4, 5, 0, 1, 6, 7}, {0, 1, 2, 3, 4, 5, 6, 7},
     {6, 7, 0, 1, 2, 3, 4, 5}, {0, 1, 6, 7, 2, 3, 4, 5}, {2, 3, 6, 7, 0, 1, 4, 5}, {0, 1, 2, 3, 6, 7, 4, 5},
     {4, 5, 6, 7, 0, 1, 2, 3}, {0, 1, 4, 5, 6, 7, 2, 3}, {2, 3, 4, 5, 6, 7, 0, 1}, {0, 1, 2, 3, 4, 5, 6, 7}};
-inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
-    const auto four = [&](__m256d their_scores, int64_t position, unsigned bits, PackedHit* to) {
-        const __m128i id = ids ? _mm_loadu_si128((const __m128i*)(ids + position))
-                               : _mm_add_epi32(_mm_set1_epi32(int(position)), _mm_setr_epi32(0, 1, 2, 3));
-        const __m128i score = _mm_castps_si128(_mm256_cvtpd_ps(their_scores));
-        const __m256i packed = _mm256_set_m128i(_mm_unpackhi_epi32(score, id), _mm_unpacklo_epi32(score, id));
-        _mm256_storeu_si256(
-            (__m256i*)to, _mm256_permutevar8x32_epi32(packed, _mm256_load_si256((const __m256i*)kPacking[bits])));
-        return size_t(__builtin_popcount(bits));
-    };
-    const size_t found = four((__m256d)scores.low, first, mask & 15, out);
-    return found + four((__m256d)scores.high, first + 4, mask >> 4, out + found);
+[[gnu::always_inline]] inline size_t pack4(int64_t first, const f64x4& scores, unsigned mask, const int32_t* ids,
+                                           PackedHit* out) {
+    const __m128i id = ids ? _mm_loadu_si128((const __m128i*)(ids + first))
+                           : _mm_add_epi32(_mm_set1_epi32(int(first)), _mm_setr_epi32(0, 1, 2, 3));
+    const __m128i score = _mm_castps_si128(_mm256_cvtpd_ps((__m256d)scores));
+    const __m256i packed = _mm256_set_m128i(_mm_unpackhi_epi32(score, id), _mm_unpacklo_epi32(score, id));
+    const __m256i lanes = _mm256_load_si256((const __m256i*)kPacking[mask]);
+    _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(packed, lanes));
+    return size_t(__builtin_popcount(mask));
+}
+[[gnu::always_inline]] inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids,
+                                               PackedHit* out) {
+    const size_t found = pack4(first, scores.low, mask & 15, ids, out);
+    return found + pack4(first + 4, scores.high, mask >> 4, ids, out + found);
 }
 #else
-inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
+[[gnu::always_inline]] inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids,
+                                               PackedHit* out) {
     size_t found = 0;
     if (!mask) return 0;
     double lanes[kLanes];
@@ -344,8 +348,7 @@ size_t open_blocks(const int8_t* codes, const float* volumes, int dim, const Hal
         store(weights + j * kLanes, cut | cut << 16);
     }
     if (d & 1) store(weights + d * kLanes, i32x8{});
-    const f64x8 least =
-        half.threshold - half.shift - middle - sum * (0.5 / kCodeCentre) - error * width - half.slack;
+    const f64x8 least = half.threshold - half.shift - middle - sum * (0.5 / kCodeCentre) - error * width - half.slack;
     f64x8 limit = least * scale * (kCodeCentre / 256) - (1.5 * d + 2);
     const f64x8 lowest = none + kLowest, highest = none + kHighest;
     limit = select(decided & (limit >= kLowest), limit, lowest);
@@ -361,8 +364,10 @@ size_t open_blocks(const int8_t* codes, const float* volumes, int dim, const Hal
                 const i16x16 even = as<i16x16>(splat_to<i32x8>(weights[2 * j * kLanes + c]));
                 const i16x16 odd = as<i16x16>(splat_to<i32x8>(weights[(2 * j + 1) * kLanes + c]));
                 const u16x16 a = load<u16x16>(row), b = load<u16x16>(row + kCodeRun);
-                low += high_products(as<i16x16>(a << uint16_t(8)), even) + high_products(as<i16x16>(a & uint16_t(0xff00)), odd);
-                high += high_products(as<i16x16>(b << uint16_t(8)), even) + high_products(as<i16x16>(b & uint16_t(0xff00)), odd);
+                low += high_products(as<i16x16>(a << uint16_t(8)), even) +
+                       high_products(as<i16x16>(a & uint16_t(0xff00)), odd);
+                high += high_products(as<i16x16>(b << uint16_t(8)), even) +
+                        high_products(as<i16x16>(b & uint16_t(0xff00)), odd);
             }
             found += append_open(low, high, int16_t(limits[c]), first / kLanes, blocks + found);
         }

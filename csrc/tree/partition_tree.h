@@ -82,9 +82,9 @@ private:
     std::vector<Frame> frames_;   // of the nodes cut by an equipartition
     std::vector<int32_t> order_;  // position in the order of ids of each tree position, -1 behind the last
     Floats leaves_;               // the keys in tree order, in blocks
-    Codes codes_;            // of the keys in tree order, see Kernels::open_blocks; empty if leaves do not start at runs
-    double code_error_ = 0;  // largest |y_j - decoded| over the half-width of the leaf's box
-    Floats sample_;          // some of the keys
+    Codes codes_;  // of the keys in tree order, see Kernels::open_blocks; empty if leaves do not start at runs
+    double code_error_ = 0;       // largest |y_j - decoded| over the half-width of the leaf's box
+    Floats sample_;               // some of the keys
     std::vector<int32_t> place_;  // inverse of order_, made by the first deletion
 };
 
