@@ -53,6 +53,20 @@ inline unsigned below(f64x8 x, double threshold) { return bits_of(x < threshold)
 inline unsigned not_below(f32x8 x, float threshold) { return bits_of(~(x < threshold)); }  // NaN is not below
 #endif
 
+#if defined(__AVX2__)
+// The numbers of the bits that are set, among four.
+alignas(16) constexpr uint8_t kNumbers[16][4] = {
+    {0, 0, 0, 0}, {0, 0, 0, 0}, {1, 0, 0, 0}, {0, 1, 0, 0}, {2, 0, 0, 0}, {0, 2, 0, 0}, {1, 2, 0, 0}, {0, 1, 2, 0},
+    {3, 0, 0, 0}, {0, 3, 0, 0}, {1, 3, 0, 0}, {0, 1, 3, 0}, {2, 3, 0, 0}, {0, 2, 3, 0}, {1, 2, 3, 0}, {0, 1, 2, 3}};
+inline size_t append_numbers(unsigned bits, uint8_t first, uint8_t* to) {
+    uint32_t numbers;
+    __builtin_memcpy(&numbers, kNumbers[bits], 4);
+    numbers += first * 0x01010101u;
+    __builtin_memcpy(to, &numbers, 4);
+    return size_t(__builtin_popcount(bits));
+}
+#endif
+
 // Scores of one block; D = 0 takes the dimension at run time.
 template <int D>
 inline f64x8 score_block(const float* block, int dim, const double* query) {
@@ -78,41 +92,32 @@ inline unsigned lanes_in_range(int64_t block, int64_t begin, int64_t end) {
     return mask;
 }
 
-// The blocks of [block, block + kGroup) with a key that the screen lets through, as bits.
-constexpr int kGroup = 4;
+// Which blocks have a key that the screen lets through.
 template <int D>
-inline unsigned screened(const float* keys, int dim, const float* query32, float screen) {
-    unsigned blocks = 0;
-    for (int b = 0; b < kGroup; ++b)
-        blocks |= unsigned(not_below(score_block32<D>(keys + b * kLanes * (D ? D : dim), dim, query32), screen) != 0)
-                  << b;
-    return blocks;
-}
-
-// Which of 16 keys, two neighbouring blocks, the screen lets through.
-template <int D>
-struct PairScreen {
+struct Screen {
     const float* query;
     float limit;
     int dim;
 #if defined(HSR_AVX512)
     __m512 rows[D / 2 + 1];  // query_2j in the lower eight lanes, query_2j+1 in the upper ones
 #endif
-    PairScreen(const Search& search, int dimension) : query(search.query32), limit(search.screen), dim(dimension) {
+    Screen(const Search& search, int dimension) : query(search.query32), limit(search.screen), dim(dimension) {
 #if defined(HSR_AVX512)
         for (int j = 0; j < D / 2; ++j)
             rows[j] = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(query[2 * j]), _mm512_set1_ps(query[2 * j + 1]));
 #endif
     }
-    unsigned operator()(const float* keys) const {
-        const int stride = kLanes * (D ? D : dim);
+    int stride() const { return kLanes * (D ? D : dim); }
+    bool opens(const float* keys) const { return not_below(score_block32<D>(keys, dim, query), limit) != 0; }
+    // A bit for each key of two neighbouring blocks.
+    unsigned pair(const float* keys) const {
 #if defined(HSR_AVX512)
         if constexpr (D > 0 && D % 2 == 0) {  // a register is two rows of a block
             __m512 first = _mm512_mul_ps(_mm512_loadu_ps(keys), rows[0]);
-            __m512 second = _mm512_mul_ps(_mm512_loadu_ps(keys + stride), rows[0]);
+            __m512 second = _mm512_mul_ps(_mm512_loadu_ps(keys + stride()), rows[0]);
             for (int j = 1; j < D / 2; ++j) {
                 first = _mm512_fmadd_ps(_mm512_loadu_ps(keys + 2 * j * kLanes), rows[j], first);
-                second = _mm512_fmadd_ps(_mm512_loadu_ps(keys + stride + 2 * j * kLanes), rows[j], second);
+                second = _mm512_fmadd_ps(_mm512_loadu_ps(keys + stride() + 2 * j * kLanes), rows[j], second);
             }
             const __m512 sum =
                 _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x44), _mm512_shuffle_f32x4(first, second, 0xee));
@@ -120,7 +125,32 @@ struct PairScreen {
         }
 #endif
         return not_below(score_block32<D>(keys, dim, query), limit) |
-               not_below(score_block32<D>(keys + stride, dim, query), limit) << kLanes;
+               not_below(score_block32<D>(keys + stride(), dim, query), limit) << kLanes;
+    }
+    // Appends those of four neighbouring blocks; writes four, says how many count.
+    size_t append_open(const float* keys, uint8_t first, uint8_t* open) const {
+#if defined(__AVX2__) && !defined(HSR_AVX512)
+        __m256i through[4];
+        for (int b = 0; b < 4; ++b)
+            through[b] = _mm256_castps_si256(_mm256_cmp_ps((__m256)score_block32<D>(keys + b * stride(), dim, query),
+                                                           _mm256_set1_ps(limit), _CMP_NLT_UQ));
+        const __m256i bytes =
+            _mm256_packs_epi16(_mm256_packs_epi32(through[0], through[1]), _mm256_packs_epi32(through[2], through[3]));
+        // Four keys of each block in the lower half, four in the upper.
+        const __m128i any = _mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+        const __m128i none = _mm_cmpeq_epi32(any, _mm_setzero_si128());
+        return append_numbers(unsigned(_mm_movemask_ps(_mm_castsi128_ps(none))) ^ 15, first, open);
+#else
+        size_t found = 0;
+        for (int b = 0; b < 4; b += 2) {
+            const unsigned bits = pair(keys + b * stride());
+            open[found] = uint8_t(first + b);
+            found += (bits & 0xff) != 0;
+            open[found] = uint8_t(first + b + 1);
+            found += bits >> kLanes != 0;
+        }
+        return found;
+#endif
     }
 };
 
@@ -154,25 +184,19 @@ inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, c
     // First which blocks are open, then their scores: a branch on each mask would be mispredicted wherever hits are
     // neither rare nor dense.
     constexpr int64_t kChunk = 128;
-    uint8_t open[kChunk + 1];
-    const PairScreen<D> screen(search, dim);
+    uint8_t open[kChunk + 4];
+    const Screen<D> screen(search, dim);
     for (; block <= last; block += kChunk) {
         const int64_t count = last + 1 - block < kChunk ? last + 1 - block : kChunk;
         const float* keys = blocks + block * stride;
-        int found = 0;
+        size_t found = 0;
         int64_t b = 0;
-        for (; b + 2 <= count; b += 2, keys += 2 * stride) {
-            const unsigned bits = screen(keys);
+        for (; b + 4 <= count; b += 4, keys += 4 * stride) found += screen.append_open(keys, uint8_t(b), open + found);
+        for (; b < count; ++b, keys += stride) {
             open[found] = uint8_t(b);
-            found += (bits & 0xff) != 0;
-            open[found] = uint8_t(b + 1);
-            found += bits >> kLanes != 0;
+            found += screen.opens(keys);
         }
-        if (b < count) {
-            open[found] = uint8_t(b);
-            found += not_below(score_block32<D>(keys, dim, search.query32), search.screen) != 0;
-        }
-        for (int i = 0; i < found; ++i) decide(block + open[i]);
+        for (size_t i = 0; i < found; ++i) decide(block + open[i]);
     }
 }
 
@@ -290,17 +314,13 @@ inline V high_products(const V& a, const V& b) {
 // stay open cannot be predicted. Writes four, says how many count.
 inline size_t append_open(const i16x16& low, const i16x16& high, int16_t limit, int32_t first, int32_t* blocks) {
 #if defined(__AVX2__)
-    // By the bits of the four blocks, which stand in the order 0, 2, 1, 3: their numbers, packed.
-    alignas(16) static const uint8_t numbers[16][4] = {
-        {0, 0, 0, 0}, {0, 0, 0, 0}, {2, 0, 0, 0}, {0, 2, 0, 0}, {1, 0, 0, 0}, {0, 1, 0, 0}, {1, 2, 0, 0}, {0, 1, 2, 0},
-        {3, 0, 0, 0}, {0, 3, 0, 0}, {2, 3, 0, 0}, {0, 2, 3, 0}, {1, 3, 0, 0}, {0, 1, 3, 0}, {1, 2, 3, 0}, {0, 1, 2, 3}};
     const __m256i most = _mm256_set1_epi16(limit);
     const __m256i above =
         _mm256_packs_epi16(_mm256_cmpgt_epi16((__m256i)low, most), _mm256_cmpgt_epi16((__m256i)high, most));
-    const __m256i none = _mm256_cmpeq_epi64(above, _mm256_setzero_si256());
+    const __m256i none = _mm256_cmpeq_epi64(_mm256_permute4x64_epi64(above, 0xd8), _mm256_setzero_si256());
     const unsigned open = unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(none))) ^ 15;
     int32_t packed;
-    __builtin_memcpy(&packed, numbers[open], 4);
+    __builtin_memcpy(&packed, kNumbers[open], 4);
     _mm_storeu_si128((__m128i*)blocks,
                      _mm_add_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(packed)), _mm_set1_epi32(first)));
     return size_t(__builtin_popcount(open));
