@@ -445,6 +445,7 @@ struct PartitionTree::Walk {
         int64_t keys = 0;
         for (unsigned rest = leaves; rest; rest &= rest - 1) {
             const int c = __builtin_ctz(rest);
+            ++counters.nodes;
             keys += node.end[c] - node.begin[c];
             fetch(tree.codes_.data() + size_t(node.begin[c]) * tree.code_width(),
                   tree.codes_.data() + size_t(node.end[c]) * tree.code_width());
@@ -536,10 +537,7 @@ struct PartitionTree::Walk {
                     take(query, node.begin[c], node.end[c], true);
                 }
                 const unsigned crossed = found >> kFan;
-                if (coded && (crossed & node.leaves)) {
-                    counters.nodes += __builtin_popcount(crossed & node.leaves);
-                    take_codes(query, visit.node, crossed & node.leaves);
-                }
+                if (coded && (crossed & node.leaves)) take_codes(query, visit.node, crossed & node.leaves);
                 for (unsigned leaves = coded ? 0 : crossed & node.leaves; leaves;) {
                     // Neighbouring crossed leaves are one run.
                     const int c = __builtin_ctz(leaves), length = __builtin_ctz(~(leaves >> c));
