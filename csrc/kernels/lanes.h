@@ -36,12 +36,15 @@ using f32x16 = Vector<float, 16>;
 using i32x16 = Vector<int32_t, 16>;
 using u32x16 = Vector<uint32_t, 16>;
 using u16x16 = Vector<uint16_t, 16>;
+using i16x16 = Vector<int16_t, 16>;
 using u8x16 = Vector<uint8_t, 16>;
 using i8x16 = Vector<int8_t, 16>;
 using u8x64 = Vector<uint8_t, 64>;
 using f64x8 = Vector<double, 8>;
+using f64x4 = Vector<double, 4>;
 using f32x8 = Vector<float, 8>;
 using i32x8 = Vector<int32_t, 8>;
+using u32x8 = Vector<uint32_t, 8>;
 using i8x8 = Vector<int8_t, 8>;
 
 // ---- what a vector is made of

@@ -25,7 +25,7 @@ struct LineAligned {
     bool operator!=(const LineAligned&) const { return false; }
 };
 using Floats = std::vector<float, LineAligned<float>>;
-using Codes = std::vector<uint8_t, LineAligned<uint8_t>>;
+using Codes = std::vector<int8_t, LineAligned<int8_t>>;
 
 template <class T>
 class Growable {

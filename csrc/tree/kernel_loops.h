@@ -17,11 +17,23 @@ namespace {
 
 #include "kernels/lanes.h"
 
+// Left to GCC, a conversion to or from eight numbers of float64 is made of halves of registers, put together again.
 inline f64x8 load8(const float* from) {
 #if defined(HSR_AVX512)
-    return (f64x8)_mm512_cvtps_pd(_mm256_loadu_ps(from));  // GCC makes two halves of a conversion
+    return (f64x8)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+    return {(f64x4)_mm256_cvtps_pd(_mm_loadu_ps(from)), (f64x4)_mm256_cvtps_pd(_mm_loadu_ps(from + 4))};
 #else
     return convert<f64x8>(load<f32x8>(from));
+#endif
+}
+inline i32x8 cut8(const f64x8& x) {  // towards zero
+#if defined(HSR_AVX512)
+    return (i32x8)_mm512_cvttpd_epi32((__m512d)x);
+#elif defined(__AVX2__)
+    return (i32x8)_mm256_set_m128i(_mm256_cvttpd_epi32((__m256d)x.high), _mm256_cvttpd_epi32((__m256d)x.low));
+#else
+    return convert<i32x8>(x);
 #endif
 }
 
@@ -39,6 +51,20 @@ inline unsigned not_below(f32x8 x, float threshold) {  // NaN is not below
 inline unsigned at_least(f64x8 x, double threshold) { return bits_of(x >= threshold); }
 inline unsigned below(f64x8 x, double threshold) { return bits_of(x < threshold); }
 inline unsigned not_below(f32x8 x, float threshold) { return bits_of(~(x < threshold)); }  // NaN is not below
+#endif
+
+#if defined(__AVX2__)
+// The numbers of the bits that are set, among four.
+alignas(16) constexpr uint8_t kNumbers[16][4] = {
+    {0, 0, 0, 0}, {0, 0, 0, 0}, {1, 0, 0, 0}, {0, 1, 0, 0}, {2, 0, 0, 0}, {0, 2, 0, 0}, {1, 2, 0, 0}, {0, 1, 2, 0},
+    {3, 0, 0, 0}, {0, 3, 0, 0}, {1, 3, 0, 0}, {0, 1, 3, 0}, {2, 3, 0, 0}, {0, 2, 3, 0}, {1, 2, 3, 0}, {0, 1, 2, 3}};
+inline size_t append_numbers(unsigned bits, uint8_t first, uint8_t* to) {
+    uint32_t numbers;
+    __builtin_memcpy(&numbers, kNumbers[bits], 4);
+    numbers += first * 0x01010101u;
+    __builtin_memcpy(to, &numbers, 4);
+    return size_t(__builtin_popcount(bits));
+}
 #endif
 
 // Scores of one block; D = 0 takes the dimension at run time.
@@ -66,41 +92,32 @@ inline unsigned lanes_in_range(int64_t block, int64_t begin, int64_t end) {
     return mask;
 }
 
-// The blocks of [block, block + kGroup) with a key that the screen lets through, as bits.
-constexpr int kGroup = 4;
+// Which blocks have a key that the screen lets through.
 template <int D>
-inline unsigned screened(const float* keys, int dim, const float* query32, float screen) {
-    unsigned blocks = 0;
-    for (int b = 0; b < kGroup; ++b)
-        blocks |= unsigned(not_below(score_block32<D>(keys + b * kLanes * (D ? D : dim), dim, query32), screen) != 0)
-                  << b;
-    return blocks;
-}
-
-// Which of 16 keys, two neighbouring blocks, the screen lets through.
-template <int D>
-struct PairScreen {
+struct Screen {
     const float* query;
     float limit;
     int dim;
 #if defined(HSR_AVX512)
     __m512 rows[D / 2 + 1];  // query_2j in the lower eight lanes, query_2j+1 in the upper ones
 #endif
-    PairScreen(const Search& search, int dimension) : query(search.query32), limit(search.screen), dim(dimension) {
+    Screen(const Search& search, int dimension) : query(search.query32), limit(search.screen), dim(dimension) {
 #if defined(HSR_AVX512)
         for (int j = 0; j < D / 2; ++j)
             rows[j] = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(query[2 * j]), _mm512_set1_ps(query[2 * j + 1]));
 #endif
     }
-    unsigned operator()(const float* keys) const {
-        const int stride = kLanes * (D ? D : dim);
+    int stride() const { return kLanes * (D ? D : dim); }
+    bool opens(const float* keys) const { return not_below(score_block32<D>(keys, dim, query), limit) != 0; }
+    // A bit for each key of two neighbouring blocks.
+    unsigned pair(const float* keys) const {
 #if defined(HSR_AVX512)
         if constexpr (D > 0 && D % 2 == 0) {  // a register is two rows of a block
             __m512 first = _mm512_mul_ps(_mm512_loadu_ps(keys), rows[0]);
-            __m512 second = _mm512_mul_ps(_mm512_loadu_ps(keys + stride), rows[0]);
+            __m512 second = _mm512_mul_ps(_mm512_loadu_ps(keys + stride()), rows[0]);
             for (int j = 1; j < D / 2; ++j) {
                 first = _mm512_fmadd_ps(_mm512_loadu_ps(keys + 2 * j * kLanes), rows[j], first);
-                second = _mm512_fmadd_ps(_mm512_loadu_ps(keys + stride + 2 * j * kLanes), rows[j], second);
+                second = _mm512_fmadd_ps(_mm512_loadu_ps(keys + stride() + 2 * j * kLanes), rows[j], second);
             }
             const __m512 sum =
                 _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x44), _mm512_shuffle_f32x4(first, second, 0xee));
@@ -108,7 +125,32 @@ struct PairScreen {
         }
 #endif
         return not_below(score_block32<D>(keys, dim, query), limit) |
-               not_below(score_block32<D>(keys + stride, dim, query), limit) << kLanes;
+               not_below(score_block32<D>(keys + stride(), dim, query), limit) << kLanes;
+    }
+    // Appends those of four neighbouring blocks; writes four, says how many count.
+    size_t append_open(const float* keys, uint8_t first, uint8_t* open) const {
+#if defined(__AVX2__) && !defined(HSR_AVX512)
+        __m256i through[4];
+        for (int b = 0; b < 4; ++b)
+            through[b] = _mm256_castps_si256(_mm256_cmp_ps((__m256)score_block32<D>(keys + b * stride(), dim, query),
+                                                           _mm256_set1_ps(limit), _CMP_NLT_UQ));
+        const __m256i bytes =
+            _mm256_packs_epi16(_mm256_packs_epi32(through[0], through[1]), _mm256_packs_epi32(through[2], through[3]));
+        // Four keys of each block in the lower half, four in the upper.
+        const __m128i any = _mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+        const __m128i none = _mm_cmpeq_epi32(any, _mm_setzero_si128());
+        return append_numbers(unsigned(_mm_movemask_ps(_mm_castsi128_ps(none))) ^ 15, first, open);
+#else
+        size_t found = 0;
+        for (int b = 0; b < 4; b += 2) {
+            const unsigned bits = pair(keys + b * stride());
+            open[found] = uint8_t(first + b);
+            found += (bits & 0xff) != 0;
+            open[found] = uint8_t(first + b + 1);
+            found += bits >> kLanes != 0;
+        }
+        return found;
+#endif
     }
 };
 
@@ -142,32 +184,27 @@ inline void for_hits(const float* blocks, int dim, int64_t begin, int64_t end, c
     // First which blocks are open, then their scores: a branch on each mask would be mispredicted wherever hits are
     // neither rare nor dense.
     constexpr int64_t kChunk = 128;
-    uint8_t open[kChunk + 1];
-    const PairScreen<D> screen(search, dim);
+    uint8_t open[kChunk + 4];
+    const Screen<D> screen(search, dim);
     for (; block <= last; block += kChunk) {
         const int64_t count = last + 1 - block < kChunk ? last + 1 - block : kChunk;
         const float* keys = blocks + block * stride;
-        int found = 0;
+        size_t found = 0;
         int64_t b = 0;
-        for (; b + 2 <= count; b += 2, keys += 2 * stride) {
-            const unsigned bits = screen(keys);
+        for (; b + 4 <= count; b += 4, keys += 4 * stride) found += screen.append_open(keys, uint8_t(b), open + found);
+        for (; b < count; ++b, keys += stride) {
             open[found] = uint8_t(b);
-            found += (bits & 0xff) != 0;
-            open[found] = uint8_t(b + 1);
-            found += bits >> kLanes != 0;
+            found += screen.opens(keys);
         }
-        if (b < count) {
-            open[found] = uint8_t(b);
-            found += not_below(score_block32<D>(keys, dim, search.query32), search.screen) != 0;
-        }
-        for (int i = 0; i < found; ++i) decide(block + open[i]);
+        for (size_t i = 0; i < found; ++i) decide(block + open[i]);
     }
 }
 
 #if defined(HSR_AVX512)
 // Writes 8 packed hits and returns how many of them count. No branch: where hits are dense, a branch on the mask
 // is mispredicted every other block.
-inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
+[[gnu::always_inline]] inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids,
+                                               PackedHit* out) {
     const __m256i id = ids ? _mm256_maskz_loadu_epi32(__mmask8(mask), ids + first)
                            : _mm256_add_epi32(_mm256_set1_epi32(int(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     const __m256i bits = _mm256_castps_si256(_mm512_cvtpd_ps((__m512d)scores));
@@ -176,8 +213,31 @@ inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(__mmask8(mask), packed));
     return size_t(__builtin_popcount(mask));
 }
+#elif defined(__AVX2__)
+// Lanes of four 64-bit numbers, as pairs of 32 bits, that bring those of a mask to the front.
+alignas(32) constexpr int32_t kPacking[16][8] = {
+    {0, 1, 2, 3, 4, 5, 6, 7}, {0, 1, 2, 3, 4, 5, 6, 7}, {2, 3, 0, 1, 4, 5, 6, 7}, {0, 1, 2, 3, 4, 5, 6, 7},
+    {4, 5, 0, 1, 2, 3, 6, 7}, {0, 1, 4, 5, 2, 3, 6, 7}, {2, 3, 4, 5, 0, 1, 6, 7}, {0, 1, 2, 3, 4, 5, 6, 7},
+    {6, 7, 0, 1, 2, 3, 4, 5}, {0, 1, 6, 7, 2, 3, 4, 5}, {2, 3, 6, 7, 0, 1, 4, 5}, {0, 1, 2, 3, 6, 7, 4, 5},
+    {4, 5, 6, 7, 0, 1, 2, 3}, {0, 1, 4, 5, 6, 7, 2, 3}, {2, 3, 4, 5, 6, 7, 0, 1}, {0, 1, 2, 3, 4, 5, 6, 7}};
+[[gnu::always_inline]] inline size_t pack4(int64_t first, const f64x4& scores, unsigned mask, const int32_t* ids,
+                                           PackedHit* out) {
+    const __m128i id = ids ? _mm_loadu_si128((const __m128i*)(ids + first))
+                           : _mm_add_epi32(_mm_set1_epi32(int(first)), _mm_setr_epi32(0, 1, 2, 3));
+    const __m128i score = _mm_castps_si128(_mm256_cvtpd_ps((__m256d)scores));
+    const __m256i packed = _mm256_set_m128i(_mm_unpackhi_epi32(score, id), _mm_unpacklo_epi32(score, id));
+    const __m256i lanes = _mm256_load_si256((const __m256i*)kPacking[mask]);
+    _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(packed, lanes));
+    return size_t(__builtin_popcount(mask));
+}
+[[gnu::always_inline]] inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids,
+                                               PackedHit* out) {
+    const size_t found = pack4(first, scores.low, mask & 15, ids, out);
+    return found + pack4(first + 4, scores.high, mask >> 4, ids, out + found);
+}
 #else
-inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids, PackedHit* out) {
+[[gnu::always_inline]] inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids,
+                                               PackedHit* out) {
     size_t found = 0;
     if (!mask) return 0;
     double lanes[kLanes];
@@ -230,55 +290,109 @@ size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const
     return found;
 }
 
-inline f32x16 load16(const uint8_t* from) {
-#if defined(HSR_AVX512)
-    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
-#elif defined(__AVX2__)
-    const __m128i codes = _mm_loadu_si128((const __m128i*)from);
-    return {(f32x8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
-            (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
+// (a b) >> 16 of signed 16-bit lanes, rounded down.
+template <class V>
+inline V high_products(const V& a, const V& b) {
+    if constexpr (Shape<V>::pair) {
+        return {high_products(a.low, b.low), high_products(a.high, b.high)};
+    } else {
+#if defined(__AVX2__)
+        return (V)_mm256_mulhi_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+        return (V)_mm_mulhi_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)  // the doubled product's high half, halved
+        return (V)vshrq_n_s16(vqdmulhq_s16((int16x8_t)a, (int16x8_t)b), 1);
 #else
-    return convert<f32x16>(convert<i32x16>(load<u8x16>(from)));
+        V product;
+        for (int i = 0; i < Shape<V>::lanes; ++i) product[i] = int16_t(int32_t(a[i]) * b[i] >> 16);
+        return product;
+#endif
+    }
+}
+
+// Appends those of the four blocks from `first` on with a sum above the limit, a lane a key. Without a branch: which
+// stay open cannot be predicted. Writes four, says how many count.
+inline size_t append_open(const i16x16& low, const i16x16& high, int16_t limit, int32_t first, int32_t* blocks) {
+#if defined(__AVX2__)
+    const __m256i most = _mm256_set1_epi16(limit);
+    const __m256i above =
+        _mm256_packs_epi16(_mm256_cmpgt_epi16((__m256i)low, most), _mm256_cmpgt_epi16((__m256i)high, most));
+    const __m256i none = _mm256_cmpeq_epi64(_mm256_permute4x64_epi64(above, 0xd8), _mm256_setzero_si256());
+    const unsigned open = unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(none))) ^ 15;
+    int32_t packed;
+    __builtin_memcpy(&packed, kNumbers[open], 4);
+    _mm_storeu_si128((__m128i*)blocks,
+                     _mm_add_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(packed)), _mm_set1_epi32(first)));
+    return size_t(__builtin_popcount(open));
+#else
+    size_t found = 0;
+    for (int b = 0; b < 4; ++b) {
+        const auto above = (b & 1 ? upper(b & 2 ? high : low) : lower(b & 2 ? high : low)) > limit;
+        uint64_t lanes[2];
+        __builtin_memcpy(lanes, &above, sizeof lanes);
+        blocks[found] = first + b;
+        found += (lanes[0] | lanes[1]) != 0;
+    }
+    return found;
 #endif
 }
 
 // What codes must add up to for a key to stay. The score of a key of leaf c is at most shift + <q, m> +
-// sum_j w_j (code_j - 127.5) + error S + slack, with w_j = q_j h_j / 127.5, S = sum_j |q_j| h_j and the leaf's box m +-
+// sum_j w_j (code_j + 0.5) + error S + slack, with w_j = q_j h_j / 127.5, S = sum_j |q_j| h_j and the leaf's box m +-
 // h. The slack covers the rounding of these sums in float64: they have at most 6 d + 21 roundings of terms of its unit.
-// In float32 a weight, a product and a sum lose at most 2^-24 each of sum_j |w_j| 255 = 2 S, so (2 d + 1) 2^-23 S
-// together; the limit 2^-24 of its size. Where S is so small or large that the range of float32 matters, codes do not
-// decide.
+// So the code of a key in the half-space has sum_j w_j code_j >= least.
+// Weights are integers W_j, g w_j with g = 127.5 kUnits / S cut to an integer, so that their sizes add up to at most
+// kUnits, and a product is P_j = floor(code_j W_j / 256). So sum_j P_j fits 16 bits, and it is above sum_j g w_j code_j
+// / 256 - 1.5 d: the floor loses less than 1, the cut of the weight less than 128 / 256. Two more units are more than
+// float64 loses of numbers below 2^15 and the limit loses when it is cut. Where S is zero, or too small or large
+// for g, the limit lets everything through.
 template <int D>
-size_t open_blocks(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+size_t open_blocks(const int8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
                    unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks) {
-    const int d = D ? D : dim;
-    float weights[(D ? D : kMostCoded) * kLanes], limits[kLanes];
+    constexpr double kUnits = 32760, kLowest = -32768, kHighest = 32767;
+    const int d = D ? D : dim, pairs = (d + 1) / 2;
+    f64x8 products[D ? D : kMostCoded];  // q_j h_j
     f64x8 middle = {}, width = {}, sum = {};
     for (int j = 0; j < d; ++j) {
-        const f64x8 h = load8(volumes + (d + j) * kLanes), weight = h * half.query[j];
+        const f64x8 h = load8(volumes + (d + j) * kLanes);
+        products[j] = h * half.query[j];
         middle += load8(volumes + j * kLanes) * half.query[j];
         width += h * half.magnitude[j];
-        sum += weight;
-        store(weights + j * kLanes, convert<f32x8>(weight * (1 / kCodeCentre)));
+        sum += products[j];
     }
-    const f64x8 least = half.threshold - half.shift - middle + sum - error * width - half.slack;
-    const f64x8 size = select(least < 0.0, -least, least);
-    store(limits, convert<f32x8>(least - (2 * d + 4) * 0x1p-23 * width - 0x1p-22 * size));
-    const unsigned decided = at_least(width, 1e-30) & below(width, 1e30);
+    const auto decided = (width >= 1e-30) & (width < 1e30);
+    const f64x8 none = {}, scale = select(decided, kUnits / width, none);
+    int32_t weights[(D ? D + 1 : kMostCoded) * kLanes], limits[kLanes];  // a weight twice
+    for (int j = 0; j < d; ++j) {
+        const auto cut = as<u32x8>(cut8(products[j] * scale)) & 0xffffu;
+        store(weights + j * kLanes, cut | cut << 16);
+    }
+    if (d & 1) store(weights + d * kLanes, i32x8{});
+    const f64x8 least = half.threshold - half.shift - middle - sum * (0.5 / kCodeCentre) - error * width - half.slack;
+    f64x8 limit = least * scale * (kCodeCentre / 256) - (1.5 * d + 2);
+    const f64x8 lowest = none + kLowest, highest = none + kHighest;
+    limit = select(decided & (limit >= kLowest), limit, lowest);
+    store(limits, cut8(select(limit < kHighest, limit, highest)));
     size_t found = 0;
     for (; leaves; leaves &= leaves - 1) {
         const int c = __builtin_ctz(leaves);
-        const uint8_t* row = codes + int64_t(begin[c]) * d;
-        for (int32_t first = begin[c]; first < end[c]; first += kCodeRun, row += d * kCodeRun) {
-            f32x16 scores = load16(row) * weights[c];
-            for (int j = 1; j < d; ++j) scores += load16(row + j * kCodeRun) * weights[j * kLanes + c];
-            // Without a branch: which blocks stay open cannot be predicted.
-            const unsigned all = ~decided >> c & 1;
-            blocks[found] = first / kLanes;
-            found += (not_below(lower(scores), limits[c]) | all) != 0;
-            blocks[found] = first / kLanes + 1;
-            found += size_t((not_below(upper(scores), limits[c]) | all) != 0) & size_t(first + kLanes < end[c]);
+        const int8_t* row = codes + int64_t(begin[c]) * 2 * pairs;
+        const size_t before = found;
+        for (int32_t first = begin[c]; first < end[c]; first += kCodeRun) {
+            i16x16 low = {}, high = {};
+            for (int j = 0; j < pairs; ++j, row += 2 * kCodeRun) {
+                const i16x16 even = as<i16x16>(splat_to<i32x8>(weights[2 * j * kLanes + c]));
+                const i16x16 odd = as<i16x16>(splat_to<i32x8>(weights[(2 * j + 1) * kLanes + c]));
+                const u16x16 a = load<u16x16>(row), b = load<u16x16>(row + kCodeRun);
+                low += high_products(as<i16x16>(a << uint16_t(8)), even) +
+                       high_products(as<i16x16>(a & uint16_t(0xff00)), odd);
+                high += high_products(as<i16x16>(b << uint16_t(8)), even) +
+                        high_products(as<i16x16>(b & uint16_t(0xff00)), odd);
+            }
+            found += append_open(low, high, int16_t(limits[c]), first / kLanes, blocks + found);
         }
+        // Behind the last key of a leaf there are others or none.
+        while (found > before && blocks[found - 1] * kLanes >= end[c]) --found;
     }
     return found;
 }
@@ -413,7 +527,7 @@ size_t any_scan(const float* blocks, int dim, int64_t begin, int64_t end, const 
 #define HSR_ARGUMENTS (blocks, dim, begin, end, search, first_id, ids, scores)
     HSR_BY_DIMENSION(scan_rows)
 #undef HSR_ARGUMENTS
-} size_t any_open_blocks(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+} size_t any_open_blocks(const int8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
                          unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks){
 #define HSR_ARGUMENTS (codes, volumes, dim, half, error, leaves, begin, end, blocks)
     HSR_BY_DIMENSION(open_blocks)

@@ -15,7 +15,7 @@
 namespace hsr::tree {
 
 constexpr int kLanes = 8;
-constexpr int kCodeRun = 16;           // keys whose codes stand together
+constexpr int kCodeRun = 32;           // keys whose codes stand together
 constexpr double kCodeCentre = 127.5;  // the code of a box's centre
 constexpr int kMostCoded = 32;         // dimensions
 
@@ -56,17 +56,18 @@ struct Kernels {
     const char* name;
 
     // Appends the positions p in [begin, end) with <query, key p> >= threshold to `hits`, as
-    // (ids ? ids[p] : p); returns how many. `hits` has room for end - begin + 8.
+    // (ids ? ids[p] : p); returns how many. `hits` has room for end - begin + 8, and `ids` is whole blocks long.
     size_t (*scan)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search, const int32_t* ids,
                    PackedHit* hits);
     // The same with the position + first_id and the score in two arrays.
     size_t (*scan_rows)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
                         int64_t first_id, int64_t* ids, float* scores);
-    // Codes of 8 bits, code_j = 127.5 + 127.5 (y_j - centre_j) / half_width_j rounded, stand in runs of 16 keys, row by
-    // row [dim][16]. Leaf c, one of the bits in `leaves`, is [begin[c], end[c]) and volume c; `error` is the largest
-    // |y_j - decoded y_j| / half_width_j. Writes the blocks with a key that its code does not prove out of the
-    // half-space; returns how many. `blocks` has room for two more than there are. dim <= kMostCoded.
-    size_t (*open_blocks)(const uint8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
+    // Codes of 8 bits, code_j + 0.5 = 127.5 (y_j - centre_j) / half_width_j but for rounding, stand in runs of 32 keys,
+    // two dimensions together: [(dim + 1) / 2][32][2]. Leaf c, one of the bits in `leaves`, is [begin[c], end[c]) and
+    // volume c; `error` is the largest |y_j - decoded y_j| / half_width_j. Writes the blocks with a key that its code
+    // does not prove out of the half-space; returns how many. `blocks` has room for four more than there are. dim <=
+    // kMostCoded.
+    size_t (*open_blocks)(const int8_t* codes, const float* volumes, int dim, const HalfSpace& half, double error,
                           unsigned leaves, const int32_t* begin, const int32_t* end, int32_t* blocks);
     // `scan` of the blocks in `list`, without a screen or exclusions. `hits` has room for 8 more than there may be.
     size_t (*scan_blocks)(const float* blocks, int dim, const int32_t* list, size_t count, const Search& search,

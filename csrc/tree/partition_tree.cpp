@@ -291,6 +291,7 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
                            node.end[c] - node.begin[c]);
         }
     });
+    order_.resize(block_count(size) * kLanes, -1);
     // Without a frame the rows are the keys, in tree order.
     leaves_ = axes_ ? blocked(dim, keys, order_.data(), size) : blocked(dim, shared.rows.data(), nullptr, size);
     if (dim > 3 && dim <= kMostCoded && leaf_size % kCodeRun == 0) encode(shared.rows.data());
@@ -309,11 +310,11 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
     slack_ = kUnit * reach * 16 * std::sqrt(double(dim)) * (dim + 2);
 }
 
-// code_j = 127.5 (y_j - m_j) / h_j + 127.5, rounded, with m and h the centre and half-width of the leaf's box. What
+// code_j = 127.5 (y_j - m_j) / h_j - 0.5, rounded, with m and h the centre and half-width of the leaf's box. What
 // this loses is measured, not derived.
 void PartitionTree::encode(const float* rows) {
-    const size_t d = size_t(dim());
-    codes_.assign(size_t((size() + kCodeRun - 1) / kCodeRun) * kCodeRun * d, 0);
+    const size_t d = size_t(dim()), width = code_width();
+    codes_.assign(size_t((size() + kCodeRun - 1) / kCodeRun) * kCodeRun * width, 0);
     constexpr size_t kNodes = 64;  // coded as one task
     std::vector<double> errors((nodes_.size() + kNodes - 1) / kNodes, 0.0);
     parallel_for(errors.size(), [&](size_t task) {
@@ -330,8 +331,8 @@ void PartitionTree::encode(const float* rows) {
                     for (int64_t p = node.begin[c]; p < node.end[c]; ++p) {
                         const double place = (rows[size_t(p) * d + j] - centre) * scale;
                         const int code = int(std::min(std::max(place + kCodeCentre + 0.5, 0.0), 255.0));
-                        codes_[size_t(p / kCodeRun * kCodeRun) * d + j * kCodeRun + size_t(p % kCodeRun)] =
-                            uint8_t(code);
+                        const size_t run = size_t(p / kCodeRun * kCodeRun), lane = size_t(p % kCodeRun);
+                        codes_[run * width + j / 2 * 2 * kCodeRun + 2 * lane + j % 2] = int8_t(code - 128);
                         error = std::max(error, std::fabs(place - (code - kCodeCentre)));
                     }
                     errors[task] = std::max(errors[task], error);
@@ -444,9 +445,10 @@ struct PartitionTree::Walk {
         int64_t keys = 0;
         for (unsigned rest = leaves; rest; rest &= rest - 1) {
             const int c = __builtin_ctz(rest);
+            ++counters.nodes;
             keys += node.end[c] - node.begin[c];
-            fetch(tree.codes_.data() + int64_t(node.begin[c]) * tree.dim(),
-                  tree.codes_.data() + int64_t(node.end[c]) * tree.dim());
+            fetch(tree.codes_.data() + size_t(node.begin[c]) * tree.code_width(),
+                  tree.codes_.data() + size_t(node.end[c]) * tree.code_width());
         }
         members[query].spent += each_visit + each_code * double(keys);
         counters.scored += keys;
@@ -481,7 +483,7 @@ struct PartitionTree::Walk {
         list.blocks.clear();
         list.blocks.added(loops.open_blocks(tree.codes_.data(), tree.volumes(size_t(take.node)), tree.dim(),
                                             members[take.query].view.half, tree.code_error_, take.leaves, node.begin,
-                                            node.end, list.blocks.room(size_t(tree.leaf_size_ / kLanes * kFan) + 2)));
+                                            node.end, list.blocks.room(size_t(tree.leaf_size_ / kLanes * kFan) + 4)));
         const int64_t width = int64_t(kLanes) * tree.dim();
         for (size_t i = 0; i < list.blocks.size(); ++i) {
             const float* block = tree.leaves_.data() + list.blocks.data()[i] * width;
@@ -535,10 +537,7 @@ struct PartitionTree::Walk {
                     take(query, node.begin[c], node.end[c], true);
                 }
                 const unsigned crossed = found >> kFan;
-                if (coded && (crossed & node.leaves)) {
-                    counters.nodes += __builtin_popcount(crossed & node.leaves);
-                    take_codes(query, visit.node, crossed & node.leaves);
-                }
+                if (coded && (crossed & node.leaves)) take_codes(query, visit.node, crossed & node.leaves);
                 for (unsigned leaves = coded ? 0 : crossed & node.leaves; leaves;) {
                     // Neighbouring crossed leaves are one run.
                     const int c = __builtin_ctz(leaves), length = __builtin_ctz(~(leaves >> c));
@@ -667,8 +666,8 @@ void PartitionTree::top(const Query& query, Best& best, Counters& counters) cons
 void PartitionTree::erase(int64_t position) {
     StaticIndex::erase(position);
     if (place_.empty()) {
-        place_.resize(order_.size());
-        for (size_t p = 0; p < order_.size(); ++p) place_[size_t(order_[p])] = int32_t(p);
+        place_.resize(size_t(size()));
+        for (size_t p = 0; p < place_.size(); ++p) place_[size_t(order_[p])] = int32_t(p);
     }
     const int32_t place = place_[size_t(position)];
     for (int32_t index = 0; index >= 0;) {

@@ -72,6 +72,7 @@ private:
     const float* volumes(size_t node) const { return volumes_.data() + node * size_t(2 * dim() + 1) * kFan; }
 
     void encode(const float* rows);
+    size_t code_width() const { return size_t(dim() + 1) / 2 * 2; }  // bytes a key
 
     int leaf_size_;
     double slack_ = 0;  // rounding of bounds and scores, a unit of |q|_1
@@ -79,11 +80,11 @@ private:
     std::vector<Node> nodes_;     // the root first
     Floats volumes_;              // a node's boxes and balls, see Kernels::bounds
     std::vector<Frame> frames_;   // of the nodes cut by an equipartition
-    std::vector<int32_t> order_;  // position in the order of ids of each tree position
+    std::vector<int32_t> order_;  // position in the order of ids of each tree position, -1 behind the last
     Floats leaves_;               // the keys in tree order, in blocks
-    Codes codes_;            // of the keys in tree order, runs of 16 row by row; empty if leaves do not start at runs
-    double code_error_ = 0;  // largest |y_j - decoded| over the half-width of the leaf's box
-    Floats sample_;          // some of the keys
+    Codes codes_;  // of the keys in tree order, see Kernels::open_blocks; empty if leaves do not start at runs
+    double code_error_ = 0;       // largest |y_j - decoded| over the half-width of the leaf's box
+    Floats sample_;               // some of the keys
     std::vector<int32_t> place_;  // inverse of order_, made by the first deletion
 };
 

@@ -247,23 +247,39 @@ bool ShallowCutting::plan(const Query& query, double threshold, Plan& made, Coun
     return true;
 }
 
-// Each list is read down to a height (shallow_cutting.h), in whole blocks.
+// Each list is read down to a height (shallow_cutting.h), in whole blocks. The gap b - bound is shared out among the
+// lists: a key that is not read anywhere has lambda_i (<n_i, x> - o_i) below the share of each list, and the shares are
+// the gap. A list that is lower than its share is not read and leaves the rest to the others, so the lowest come first.
 //
-// Rounding: `bound` covers that of the scores behind the heights (see cone). b - bound, the quotient and the
-// sum lose at most 4 units of their sizes.
+// Rounding: `bound` covers that of the scores behind the heights (see cone). A share is made by at most 3 subtractions
+// and two quotients, and what a list leaves by two more operations: 16 units of the gap, and 4 of what it takes, cover
+// these. The quotient by lambda_i and the sum lose at most 4 units of their sizes.
 void ShallowCutting::limit(double threshold, Plan& made) const {
     const Level& level = *made.level;
     const Cone& cone = made.cone;
+    double rise[kMaxDim];  // of the highest key of a list, as a score
+    int order[kMaxDim], lists = 0;
     for (int i = 0; i < dim(); ++i) {
-        made.read[i] = 0;
-        if (!(cone.lambda[i] > 0)) continue;
         const size_t f = size_t(cone.facet[i]);
-        const double offset = level.offsets[f], gap = (threshold - cone.bound) / (dim() * cone.lambda[i]);
+        made.read[i] = 0;
+        if (!(cone.lambda[i] > 0) || !level.list_size[f]) continue;
+        const double top = level.heights[size_t(level.list[f] / kLanes)] - level.offsets[f];
+        rise[i] = std::max(0.0, cone.lambda[i] * top * (1 + 4 * kUnit));
+        int at = lists++;
+        for (; at && rise[order[at - 1]] > rise[i]; --at) order[at] = order[at - 1];
+        order[at] = i;
+    }
+    double left = (threshold - cone.bound) * (1 - 16 * kUnit);
+    for (int l = 0; l < lists; ++l) {
+        const int i = order[l];
+        const size_t f = size_t(cone.facet[i]);
+        const double share = left / (lists - l), gap = share / cone.lambda[i], offset = level.offsets[f];
         const double least = offset + gap - 4 * kUnit * (std::fabs(offset) + gap) - 4 * kUnit * gap;
         const auto first = level.heights.begin() + level.list[f] / kLanes,
                    last = level.heights.begin() + level.list[f + 1] / kLanes;
         const auto unread = std::partition_point(first, last, [&](double height) { return !(height < least); });
         made.read[i] = std::min<int64_t>(level.list_size[f], kLanes * (unread - first));
+        left -= made.read[i] ? share : std::min(share, rise[i]);
     }
 }
 
@@ -319,6 +335,7 @@ void ShallowCutting::gather(const Tile& tile, Which which, Gathered* gathered, C
         for (int j = 0; j < dim(); ++j) {
             const size_t f = size_t(plans[i].cone.facet[j]);
             const int64_t first = level.list[f] / kLanes, blocks = level.list[f + 1] / kLanes - first;
+            __builtin_prefetch(&level.heights[size_t(first)]);
             for (int64_t step = blocks / 2; step > 3; step /= 2)
                 __builtin_prefetch(&level.heights[size_t(first + step)]);
         }

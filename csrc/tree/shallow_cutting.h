@@ -10,8 +10,9 @@
 // meets the half-space, which then holds about n / r_j keys or more, and a coarser sample answers. When
 // even the coarsest meets it, the query is not shallow and the partition tree answers.
 //
-// More: a key with <q, x> >= b has lambda_i (<n_i, x> - o_i) >= (b - bound) / d for some i, so a list that is sorted by
-// <n_i, x> need only be read down to that height.
+// More: the lambda_i (<n_i, x> - o_i) of a key with <q, x> >= b add up to b - bound at least, so one of them is at
+// least its share of that gap, whatever the shares, and a list that is sorted by <n_i, x> need only be read down to
+// that height.
 //
 // The extreme vertex of R_{j+1} is that of R_j or in the d lists of R_j, so it is found on the way down with
 // O(1) expected work a level. Nothing here trusts Qhull: a query is answered only from facets whose lambda

@@ -51,10 +51,10 @@ def test_exact_when_deep(kind, d, geometry):
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
-@pytest.mark.parametrize("leaf_size", [1, 16, 48, 100, 128])
+@pytest.mark.parametrize("leaf_size", [1, 16, 32, 48, 96, 100, 128])
 @pytest.mark.parametrize("d", [4, 7, 8])
 def test_leaves_read_as_codes(d, leaf_size, isa):
-    """Leaves of whole runs of 16 keys are read as codes, others in full: the same answers."""
+    """Leaves of whole runs of 32 keys are read as codes, others in full: the same answers."""
     before = _native.isa_in_use()
     try:
         _native.use_isa(isa)
