@@ -107,7 +107,7 @@ struct Workspace {
     CodedPanel panel{};
 
     void reserve(int dim, int value_dim) {
-        codes.resize(kPanelKeys * size_t(padded8(dim)) + 64);
+        codes.resize(panel_bytes(dim) + 64);
         // A load of 64 bytes should not straddle two lines of the cache.
         panel.codes = codes.data() + (64 - reinterpret_cast<uintptr_t>(codes.data()) % 64) % 64;
         steps.resize(kPanelKeys);

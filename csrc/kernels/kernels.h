@@ -97,14 +97,15 @@ struct SelectionSums {
     float *offsets, *steps, *squares;
 };
 
-// A panel of keys for many queries: joined 8-bit codes [word of 64 keys][4 dimensions][block][64 bytes], their steps,
+// A panel of keys for many queries: joined codes, in the order and width that the level multiplies them in, their steps,
 // and the largest residual8 and step among them.
 constexpr size_t kPanelBlocks = 64, kPanelKeys = kPanelBlocks * kBlock;
 constexpr int kDenseRows = 6, kDenseStride = 8;  // queries whose weights [key][kDenseStride] meet values as a matrix
 constexpr size_t kSumPiece = 64;                 // float32 sums start afresh after so many keys: long chains round more
 constexpr int kCurve = 16;                       // points of the curve of a sample's mass, a factor of two apart
+inline size_t panel_bytes(int dim) { return kPanelKeys * size_t(padded8(dim)) * 2; }  // at most 16 bits a code
 struct CodedPanel {
-    uint8_t* codes;  // [kPanelBlocks * 16 * padded8(dim)]
+    uint8_t* codes;  // [panel_bytes(dim)]
     float* steps;    // [kPanelBlocks * 16]
     float residual, step;
 };

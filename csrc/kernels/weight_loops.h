@@ -120,76 +120,55 @@ void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, 
     out->exact = found;
 }
 
-template <int N>
-struct Number {
-    static constexpr int value = N;
-};
-
-// Wide: registers of values that meet the digits at once.
+// Of one range, the values' coordinates from `at` on, Wide registers of them.
 template <int Queries, int Wide>
-inline void multiply_strip(const uint8_t* codes, const float* ranges, size_t wide, int at, uint32_t words,
+inline void multiply_strip(const uint8_t* codes, const float* range, size_t wide, int at, uint32_t words,
                            const int8_t* digits, const float* units, const uint32_t* digit_sums, float* accumulators,
                            size_t stride) {
-    constexpr int kWords = kRangeKeys / 64;
-    for (size_t range = 0; range < kRanges; ++range, words >>= kWords, ranges += 3 * wide + 1) {
-        uint32_t here = words & ((1u << kWords) - 1);
-        if (!here) continue;
-        ByteSum sum[Queries][Wide];
-        for (; here; here &= here - 1) {
-            const size_t key = range * kRangeKeys + size_t(__builtin_ctz(here)) * 64;
-            in_turns(
-                16, ByteSum::kMost,
-                [&](int quad) {
-                    const uint8_t* from = codes + ((key / 4 + size_t(quad)) * wide + size_t(at)) * 4;
-                    Bytes value[Wide];
-                    for (int j = 0; j < Wide; ++j) value[j] = load<Bytes>(from + kRegisterBytes * j);
-                    for (int q = 0; q < Queries; ++q) {
-                        const int32_t four = four_digits(digits + key + 4 * quad + size_t(q) * kPanelKeys);
-                        for (int j = 0; j < Wide; ++j) sum[q][j].add(ByteCodes(value[j]), four);
-                    }
-                },
-                [&] { settle_all(sum); });
-        }
-        for (int j = 0; j < Wide; ++j) {
-            const int place = at + kPartLanes * j;
-            const Floats low = load<Floats>(ranges + place), step = load<Floats>(ranges + wide + place);
+    Ints sum[Queries][Wide] = {};
+    for (; words; words &= words - 1) {
+        const size_t key = size_t(__builtin_ctz(words)) * 64;
+        const uint8_t* from = codes + (key / 4 * wide + size_t(at)) * 4;
+        for (size_t quad = 0; quad < 16; ++quad, from += wide * 4) {
+            Bytes value[Wide];
+            for (int j = 0; j < Wide; ++j) value[j] = value_codes(load<Bytes>(from + kRegisterBytes * j));
             for (int q = 0; q < Queries; ++q) {
-                float* to = accumulators + size_t(q) * stride + place;
-                const float digit_sum = float(digit_sums[size_t(q) * kRanges + range]);
-                store(to, load<Floats>(to) + units[q] * (step * convert<Floats>(sum[q][j].total()) + low * digit_sum));
+                const int32_t four = four_digits(digits + key + 4 * quad + size_t(q) * kPanelKeys);
+                for (int j = 0; j < Wide; ++j) add_values(sum[q][j], value[j], four);
             }
         }
     }
-}
-
-template <int Queries>
-inline void multiply_rows(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
-                          const float* units, const uint32_t* digit_sums, float* accumulators, size_t stride) {
-    constexpr int kWide = kMicroRegisters;
-    const int wide = (dim + 15) / 16 * 16;
-    int at = 0;
-    for (; at + kPartLanes * kWide <= wide; at += kPartLanes * kWide)
-        multiply_strip<Queries, kWide>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums, accumulators,
-                                       stride);
-    for (; at < wide; at += kPartLanes)
-        multiply_strip<Queries, 1>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums, accumulators,
-                                   stride);
+    for (int j = 0; j < Wide; ++j) {
+        const int place = at + kPartLanes * j;
+        const Floats low = load<Floats>(range + place), step = load<Floats>(range + wide + place);
+        for (int q = 0; q < Queries; ++q) {
+            float* to = accumulators + size_t(q) * stride + place;
+            const uint32_t digit_sum = digit_sums[size_t(q) * kRanges];
+            const Floats dot = convert<Floats>(sum[q][j] + int32_t(kValueShift * digit_sum));
+            store(to, load<Floats>(to) + units[q] * (step * dot + low * float(digit_sum)));
+        }
+    }
 }
 
 // accumulators[q] += units[q] * sum of digits[q][key] * value of key, over the words of 64 keys in `words`;
-// digit_sums[q][range] are the sums of the digits.
+// digit_sums[q][range] are the sums of the digits. A range at a time: its codes stay in the first cache.
 void multiply_panel(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
                     const float* units, const uint32_t* digit_sums, int count, float* accumulators, size_t stride) {
-    const auto rows = [&](auto queries) {
-        multiply_rows<decltype(queries)::value>(codes, ranges, dim, words, digits, units, digit_sums, accumulators,
-                                                stride);
-    };
-    switch (count) {  // at most kDenseRows
-        case 1: return rows(Number<1>());
-        case 2: return rows(Number<2>());
-        case 3: return rows(Number<3>());
-        case 4: return rows(Number<4>());
-        case 5: return rows(Number<5>());
-        default: return rows(Number<kDenseRows>());
-    }
+    constexpr size_t kWords = kRangeKeys / 64;
+    const size_t wide = size_t((dim + 15) / 16 * 16);
+    with_number<kDenseRows>(count, [&](auto number) {
+        constexpr int kQueries = decltype(number)::value, kWide = kMicroRegisters;
+        for (size_t range = 0; range < kRanges; ++range) {
+            const uint32_t here = words >> (range * kWords) & ((1u << kWords) - 1);
+            if (!here) continue;
+            const auto strip = [&](auto registers, int at) {
+                multiply_strip<kQueries, decltype(registers)::value>(
+                    codes + range * kRangeKeys * wide, ranges + range * (3 * wide + 1), wide, at, here,
+                    digits + range * kRangeKeys, units, digit_sums + range, accumulators, stride);
+            };
+            int at = 0;
+            for (; at + kPartLanes * kWide <= int(wide); at += kPartLanes * kWide) strip(Number<kWide>(), at);
+            for (; at < int(wide); at += kPartLanes) strip(Number<1>(), at);
+        }
+    });
 }
