@@ -112,9 +112,9 @@ struct CodedPanel {
 
 // A query of a prompt: rotated, at unit length, in one signed 8-bit digit a coordinate.
 struct PanelQuery {
-    int8_t digits[kMaxHeadDim];  // [padded16(dim)]
-    float step, rest;            // q / |q| ~ step * digits, off by at most `rest`
-    int32_t digit_sum, start;    // start: -127.5 digit_sum, rounded
+    int8_t digits[2 * kMaxHeadDim];  // [padded16(dim)], in the order and width of the panel's codes
+    float step, rest;                // q / |q| ~ step * digits, off by at most `rest`
+    int32_t digit_sum, start;        // start: -127.5 digit_sum, rounded
     // Set by the caller: logit = unit * (key's step) * (start + dot) + centre, in units of log 2.
     float unit, centre;
 };

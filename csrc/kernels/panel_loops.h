@@ -72,7 +72,7 @@ void code_query(const float* y, int dim, PanelQuery* query) {
         const f32x16 left = x - convert<f32x16>(digit);
         rest += left * left;
         sum += digit;
-        store(query->digits + at, signed_bytes(digit));
+        store_digits(query->digits + at / kPanelDims * 4, signed_bytes(digit));
     }
     int32_t lanes[16], total = 0;
     store(lanes, sum);
@@ -85,8 +85,8 @@ void code_query(const float* y, int dim, PanelQuery* query) {
 }
 
 template <int Queries>
-inline void score_word(const uint8_t* codes, const float* steps, int count, const PanelDigits* digits,
-                       const PanelQuery* queries, float* logits, size_t stride) {
+inline void score_word(const uint8_t* codes, const float* steps, int count, const PanelQuery* queries,
+                       float* logits, size_t stride) {
     for (int first = 0; first < 4 * kParts; first += kMicroRegisters) {
         Ints sum[kMicroRegisters][Queries];
         // sum of digits * (code - 127.5) = dot - 127.5 digit_sum; half a unit at most is rounded away
@@ -97,8 +97,10 @@ inline void score_word(const uint8_t* codes, const float* steps, int count, cons
             const uint8_t* from = codes + p * 256 + first * kRegisterBytes;
             Bytes block[kMicroRegisters];
             for (int r = 0; r < kMicroRegisters; ++r) block[r] = load<Bytes>(from + r * kRegisterBytes);
-            for (int q = 0; q < Queries; ++q)
-                for (int r = 0; r < kMicroRegisters; ++r) add_scores(sum[r][q], block[r], digits[q][p]);
+            for (int q = 0; q < Queries; ++q) {
+                const int32_t digits = four_digits(queries[q].digits + 4 * p);
+                for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = add_scores(sum[r][q], block[r], digits);
+            }
         }
         for (int r = 0; r < kMicroRegisters; ++r) {
             const int at = (first + r) * kPartLanes;
@@ -116,12 +118,10 @@ void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuer
     const int steps = (dim + 7) / 8 * 8 / kPanelDims;
     for (int first = 0; first < count; first += kMicroQueries) {
         const int here = count - first < kMicroQueries ? count - first : kMicroQueries;
-        PanelDigits digits[kMicroQueries];
-        for (int q = 0; q < here; ++q) digits[q].set(queries[first + q].digits, steps);
         const auto score = [&](auto number) {
             for (size_t word = 0; word < words; ++word)
                 score_word<decltype(number)::value>(panel->codes + word * size_t(steps) * 256,
-                                                    panel->steps + word * 64, steps, digits, queries + first,
+                                                    panel->steps + word * 64, steps, queries + first,
                                                     logits + size_t(first) * stride + word * 64, stride);
         };
         with_number<kMicroQueries>(here, score);

@@ -125,7 +125,9 @@ template <int Queries, int Wide>
 inline void multiply_strip(const uint8_t* codes, const float* range, size_t wide, int at, uint32_t words,
                            const int8_t* digits, const float* units, const uint32_t* digit_sums, float* accumulators,
                            size_t stride) {
-    Ints sum[Queries][Wide] = {};
+    Ints sum[Queries][Wide];
+    for (auto& row : sum)
+        for (Ints& own : row) own = Ints{};
     for (; words; words &= words - 1) {
         const size_t key = size_t(__builtin_ctz(words)) * 64;
         const uint8_t* from = codes + (key / 4 * wide + size_t(at)) * 4;
@@ -134,7 +136,7 @@ inline void multiply_strip(const uint8_t* codes, const float* range, size_t wide
             for (int j = 0; j < Wide; ++j) value[j] = value_codes(load<Bytes>(from + kRegisterBytes * j));
             for (int q = 0; q < Queries; ++q) {
                 const int32_t four = four_digits(digits + key + 4 * quad + size_t(q) * kPanelKeys);
-                for (int j = 0; j < Wide; ++j) add_values(sum[q][j], value[j], four);
+                for (int j = 0; j < Wide; ++j) sum[q][j] = add_values(sum[q][j], value[j], four);
             }
         }
     }
