@@ -148,8 +148,9 @@ size_t select_row(const float* logits, size_t count, float threshold, float refe
         uint32_t mask[4];
         for (int b = 0; b < 4; ++b) {
             const f32x16 x = load<f32x16>(logits + i + 16 * b);
-            mask[b] = mask_ge(x, from);
-            sum[b % 2] += keep_lanes(~mask[b] & 0xffffu, power_above(x - reference));
+            const Truth reaches = truth_ge(x, from);
+            mask[b] = bits(reaches);
+            sum[b % 2] += except(reaches, power_above(x - reference));
         }
         if (!(mask[0] | mask[1] | mask[2] | mask[3])) {
             skipped += uint32_t(count - i < 64 ? count - i : 64);
