@@ -88,7 +88,7 @@ void Prefill::run_panel(Workspace& space, int head, size_t count, size_t panel, 
         }
         if (!most) continue;
         kernels().score_panel(&space.panel, dim_, (most + 3) / 4, &space.queries[at], int(here), space.logits.data(),
-                              kPanelKeys);
+                              kLogitStride);
         // Ranges of coded values that all of these rows see; no code knows of a value that a row may not.
         const size_t ranges = masked ? 0 : least * kBlock / kRangeKeys;
         if (ranges_ && ranges) skipped += run_ranges(space, at, here, head, first * kBlock, ranges, remaining);
@@ -142,7 +142,7 @@ int64_t Prefill::run_rest(Workspace& space, size_t at, size_t here, int head, si
         const Row& row = space.rows[at + slot];
         const size_t own = blocks_of(row, first) * kBlock;
         if (own <= begin) continue;
-        float* logits = space.logits.data() + slot * kPanelKeys;
+        float* logits = space.logits.data() + slot * kLogitStride;
         if (own % 64) std::fill(logits + own, logits + (own + 63) / 64 * 64, -kInf);
         if (row.mask) kernels().hide_masked(row.mask + first * kBlock, own, logits);
         skipped += select(space, at + slot, head, first * kBlock + begin, own - begin, logits + begin, remaining);

@@ -16,10 +16,10 @@ void Prefill::sample(Workspace& space, int head, size_t count, size_t blocks) {
     for (size_t first = 0; first < count; first += kRowsAtOnce) {
         const size_t here = std::min<size_t>(kRowsAtOnce, count - first);
         kernels().score_panel(&space.panel, dim_, kSampleBlocks / 4, &space.queries[first], int(here),
-                              space.logits.data(), kPanelKeys);
+                              space.logits.data(), kLogitStride);
         for (size_t i = first; i < first + here; ++i) {
             Row& row = space.rows[i];
-            float* logits = space.logits.data() + (i - first) * kPanelKeys;
+            float* logits = space.logits.data() + (i - first) * kLogitStride;
             if (row.mask)
                 for (size_t at = 0; at < kSampleBlocks; ++at)
                     kernels().hide_masked(row.mask + place(at) * kBlock, kBlock, logits + at * kBlock);

@@ -73,7 +73,7 @@ double Prefill::exact_from(const Row& row, double remaining) const {
 int64_t Prefill::select_digits(Workspace& space, size_t i, int head, size_t first, size_t count, size_t slot,
                                double remaining, double widest_step) {
     Row& row = space.rows[i];
-    const float* logits = space.logits.data() + slot * kPanelKeys;
+    const float* logits = space.logits.data() + slot * kLogitStride;
     const double wide = band(row, space.queries[i], space.panel);
     const double off = expm1_above(wide / kLog2e) * (1 + kDigitExcess) + kDigitExcess;
     const float top = kernels().largest_of(logits, count);

@@ -19,6 +19,8 @@ namespace hsr::prompts {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr size_t kRowsAtOnce = kDenseRows;  // their logits over a panel stay in the first cache
 constexpr size_t kListRoom = kPanelKeys + 64;
+// Rows of logits 4 KiB apart would share the same sets of the first cache.
+constexpr size_t kLogitStride = kPanelKeys + 16;
 // Where rows keep more than this share of a panel, their weights meet its values as a dense product.
 constexpr double kDenseShare = 0.25;
 constexpr size_t kTileRows = 192;
@@ -107,12 +109,12 @@ struct Workspace {
     CodedPanel panel{};
 
     void reserve(int dim, int value_dim) {
-        codes.resize(kPanelKeys * size_t(padded8(dim)) + 64);
+        codes.resize(panel_bytes(dim) + 64);
         // A load of 64 bytes should not straddle two lines of the cache.
         panel.codes = codes.data() + (64 - reinterpret_cast<uintptr_t>(codes.data()) % 64) % 64;
         steps.resize(kPanelKeys);
         panel.steps = steps.data();
-        logits.resize(kRowsAtOnce * kPanelKeys);
+        logits.resize(kRowsAtOnce * kLogitStride);
         vectors.resize(kTileRows * size_t(padded16(dim)));
         for (auto* sums : {&accumulators, &stand_ins}) sums->resize(kTileRows * size_t(padded16(value_dim)));
         mean_value.resize(size_t(padded16(value_dim)));

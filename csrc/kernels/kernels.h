@@ -97,23 +97,24 @@ struct SelectionSums {
     float *offsets, *steps, *squares;
 };
 
-// A panel of keys for many queries: joined 8-bit codes [word of 64 keys][4 dimensions][block][64 bytes], their steps,
+// A panel of keys for many queries: joined codes, in the order and width that the level multiplies them in, their steps,
 // and the largest residual8 and step among them.
 constexpr size_t kPanelBlocks = 64, kPanelKeys = kPanelBlocks * kBlock;
 constexpr int kDenseRows = 6, kDenseStride = 8;  // queries whose weights [key][kDenseStride] meet values as a matrix
 constexpr size_t kSumPiece = 64;                 // float32 sums start afresh after so many keys: long chains round more
 constexpr int kCurve = 16;                       // points of the curve of a sample's mass, a factor of two apart
+inline size_t panel_bytes(int dim) { return kPanelKeys * size_t(padded8(dim)) * 2; }  // at most 16 bits a code
 struct CodedPanel {
-    uint8_t* codes;  // [kPanelBlocks * 16 * padded8(dim)]
+    uint8_t* codes;  // [panel_bytes(dim)]
     float* steps;    // [kPanelBlocks * 16]
     float residual, step;
 };
 
 // A query of a prompt: rotated, at unit length, in one signed 8-bit digit a coordinate.
 struct PanelQuery {
-    int8_t digits[kMaxHeadDim];  // [padded16(dim)]
-    float step, rest;            // q / |q| ~ step * digits, off by at most `rest`
-    int32_t digit_sum, start;    // start: -127.5 digit_sum, rounded
+    int8_t digits[2 * kMaxHeadDim];  // [padded16(dim)], in the order and width of the panel's codes
+    float step, rest;                // q / |q| ~ step * digits, off by at most `rest`
+    int32_t digit_sum, start;        // start: -127.5 digit_sum, rounded
     // Set by the caller: logit = unit * (key's step) * (start + dot) + centre, in units of log 2.
     float unit, centre;
 };

@@ -5,26 +5,42 @@
 constexpr int kMicroQueries = 6;
 #if defined(HSR_AVX512)
 constexpr int kMicroRegisters = 4;
-#elif defined(__AVXVNNI__)
+#elif defined(__AVX2__)
 constexpr int kMicroRegisters = 2;
 #else
 constexpr int kMicroRegisters = 1;
 #endif
 
-// Both planes joined, [word of 4 blocks][4 dimensions][block][64 bytes], from block `first` of the panel on; a last
-// word is filled with zeros.
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+// body(Number<n>()), for n from 1 to Most.
+template <int Most, class Body>
+inline void with_number(int n, const Body& body) {
+    if constexpr (Most > 1)
+        if (n < Most) return with_number<Most - 1>(n, body);
+    body(Number<Most>());
+}
+
+// Both planes joined, [word of 4 blocks][kPanelDims dimensions][block][64 bytes], from block `first` of the panel on; a
+// last word is filled with zeros.
 void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, size_t first, CodedPanel* panel) {
+    constexpr size_t kFour = 4 / kPanelDims * 256;  // bytes of four dimensions of a word
     const int pairs = (dim + 7) / 8;
     const size_t bytes = size_t(pairs) * 64;
+    const auto place = [&](size_t block) {
+        return panel->codes + block / 4 * size_t(pairs) * 2 * kFour + block % 4 * 64;
+    };
     f32x16 residual = splat(first ? panel->residual : 0.0f), largest = splat(first ? panel->step : 0.0f);
     blocks += first;
     for (size_t block = first; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
-        uint8_t* to = panel->codes + block / 4 * 8 * bytes + block % 4 * 64;
-        for (int p = 0; p < pairs; ++p, to += 512) {
+        uint8_t* to = place(block);
+        for (int p = 0; p < pairs; ++p, to += 2 * kFour) {
             for (int at = 0; at < 64; at += kRegisterBytes) {
                 const Bytes h = load<Bytes>(high + p * 64 + at), l = load<Bytes>(low + p * 64 + at);
-                store(to + at, ByteCodes::of_low(h, l).bytes());
-                store(to + 256 + at, ByteCodes::of_high(h, l).bytes());
+                store_panel(to + at, 256, ByteCodes::of_low(h, l).bytes());
+                store_panel(to + kFour + at, 256, ByteCodes::of_high(h, l).bytes());
             }
         }
         const f32x16 step = load_bfloat16<f32x16>(high + bytes);
@@ -33,8 +49,8 @@ void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t block
         residual = max_of(residual, load_bfloat16<f32x16>(low + bytes));
     }
     for (size_t block = blocks; block % 4; ++block) {
-        uint8_t* to = panel->codes + block / 4 * 8 * bytes + block % 4 * 64;
-        for (int p = 0; p < 2 * pairs; ++p, to += 256) store(to, u8x64{});
+        uint8_t* to = place(block);
+        for (int p = 0; p < 8 / kPanelDims * pairs; ++p, to += 256) store(to, u8x64{});
         store(panel->steps + block * 16, f32x16{});
     }
     panel->residual = max_of_lanes(residual);
@@ -56,7 +72,7 @@ void code_query(const float* y, int dim, PanelQuery* query) {
         const f32x16 left = x - convert<f32x16>(digit);
         rest += left * left;
         sum += digit;
-        store(query->digits + at, signed_bytes(digit));
+        store_digits(query->digits + at / kPanelDims * 4, signed_bytes(digit));
     }
     int32_t lanes[16], total = 0;
     store(lanes, sum);
@@ -69,32 +85,29 @@ void code_query(const float* y, int dim, PanelQuery* query) {
 }
 
 template <int Queries>
-inline void score_word(const uint8_t* codes, const float* steps, int quads, const PanelQuery* queries, float* logits,
-                       size_t stride) {
+inline void score_word(const uint8_t* codes, const float* steps, int count, const PanelQuery* queries,
+                       float* logits, size_t stride) {
     for (int first = 0; first < 4 * kParts; first += kMicroRegisters) {
-        ByteSum sum[kMicroRegisters][Queries];
+        Ints sum[kMicroRegisters][Queries];
         // sum of digits * (code - 127.5) = dot - 127.5 digit_sum; half a unit at most is rounded away
         // here, and stands in the band (DESIGN.md, "Prompts").
         for (int q = 0; q < Queries; ++q)
-            for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = ByteSum(splat_to<Ints>(queries[q].start));
-        in_turns(
-            quads, ByteSum::kMost,
-            [&](int p) {
-                const uint8_t* from = codes + p * 256 + first * kRegisterBytes;
-                Bytes block[kMicroRegisters];
-                for (int r = 0; r < kMicroRegisters; ++r) block[r] = load<Bytes>(from + r * kRegisterBytes);
-                for (int q = 0; q < Queries; ++q) {
-                    const int32_t digits = four_digits(queries[q].digits + 4 * p);
-                    for (int r = 0; r < kMicroRegisters; ++r) sum[r][q].add(ByteCodes(block[r]), digits);
-                }
-            },
-            [&] { settle_all(sum); });
+            for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = splat_to<Ints>(queries[q].start);
+        for (int p = 0; p < count; ++p) {
+            const uint8_t* from = codes + p * 256 + first * kRegisterBytes;
+            Bytes block[kMicroRegisters];
+            for (int r = 0; r < kMicroRegisters; ++r) block[r] = load<Bytes>(from + r * kRegisterBytes);
+            for (int q = 0; q < Queries; ++q) {
+                const int32_t digits = four_digits(queries[q].digits + 4 * p);
+                for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = add_scores(sum[r][q], block[r], digits);
+            }
+        }
         for (int r = 0; r < kMicroRegisters; ++r) {
             const int at = (first + r) * kPartLanes;
             const Floats step = load<Floats>(steps + at);
             for (int q = 0; q < Queries; ++q)
                 store(logits + q * stride + at,
-                      convert<Floats>(sum[r][q].total()) * step * queries[q].unit + queries[q].centre);
+                      convert<Floats>(sum[r][q]) * step * queries[q].unit + queries[q].centre);
         }
     }
 }
@@ -102,23 +115,16 @@ inline void score_word(const uint8_t* codes, const float* steps, int quads, cons
 // logits[q][64 * word + i] for `words` words of the panel.
 void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuery* queries, int count, float* logits,
                  size_t stride) {
-    const int quads = (dim + 7) / 8 * 2;
+    const int steps = (dim + 7) / 8 * 8 / kPanelDims;
     for (int first = 0; first < count; first += kMicroQueries) {
-        const PanelQuery* own = queries + first;
         const int here = count - first < kMicroQueries ? count - first : kMicroQueries;
-        for (size_t word = 0; word < words; ++word) {
-            const uint8_t* codes = panel->codes + word * size_t(quads) * 256;
-            const float* steps = panel->steps + word * 64;
-            float* to = logits + first * stride + word * 64;
-            switch (here) {
-                case 1: score_word<1>(codes, steps, quads, own, to, stride); break;
-                case 2: score_word<2>(codes, steps, quads, own, to, stride); break;
-                case 3: score_word<3>(codes, steps, quads, own, to, stride); break;
-                case 4: score_word<4>(codes, steps, quads, own, to, stride); break;
-                case 5: score_word<5>(codes, steps, quads, own, to, stride); break;
-                default: score_word<6>(codes, steps, quads, own, to, stride); break;
-            }
-        }
+        const auto score = [&](auto number) {
+            for (size_t word = 0; word < words; ++word)
+                score_word<decltype(number)::value>(panel->codes + word * size_t(steps) * 256,
+                                                    panel->steps + word * 64, steps, queries + first,
+                                                    logits + size_t(first) * stride + word * 64, stride);
+        };
+        with_number<kMicroQueries>(here, score);
     }
 }
 
@@ -142,8 +148,9 @@ size_t select_row(const float* logits, size_t count, float threshold, float refe
         uint32_t mask[4];
         for (int b = 0; b < 4; ++b) {
             const f32x16 x = load<f32x16>(logits + i + 16 * b);
-            mask[b] = mask_ge(x, from);
-            sum[b % 2] += keep_lanes(~mask[b] & 0xffffu, power_above(x - reference));
+            const Truth reaches = truth_ge(x, from);
+            mask[b] = bits(reaches);
+            sum[b % 2] += except(reaches, power_above(x - reference));
         }
         if (!(mask[0] | mask[1] | mask[2] | mask[3])) {
             skipped += uint32_t(count - i < 64 ? count - i : 64);

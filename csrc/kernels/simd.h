@@ -79,6 +79,18 @@ inline float bfloat16_value(uint16_t bits) {
 inline uint32_t mask_ge(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
 inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ); }
 inline f32x16 keep_lanes(uint32_t mask, f32x16 x) { return (f32x16)_mm512_maskz_mov_ps((__mmask16)mask, (__m512)x); }
+// What a comparison says of each lane. Zero elsewhere: `where` it holds, `except` where it holds.
+using Truth = __mmask16;
+inline Truth truth_ge(f32x16 a, f32x16 b) { return Truth(mask_ge(a, b)); }
+inline uint32_t bits(Truth truth) { return truth; }
+inline f32x16 where(Truth truth, f32x16 x) { return keep_lanes(truth, x); }
+inline f32x16 except(Truth truth, f32x16 x) { return keep_lanes(Truth(~truth), x); }
+inline Truth without(Truth a, Truth b) { return Truth(a & ~b); }
+struct LaneCount {
+    uint32_t count = 0;
+    void add(Truth truth) { count += uint32_t(__builtin_popcount(truth)); }
+    uint32_t total() const { return count; }
+};
 // Lanes under the mask, moved together; writes 16 lanes (a full store is faster than a masked one).
 inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)mask, (__m512i)values));
@@ -132,6 +144,22 @@ inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
     const i32x16 own = load<i32x16>(bit);
     return as<f32x16>(as<i32x16>(x) & ((splat(int32_t(mask)) & own) == own));
 }
+using Truth = i32x16;
+inline Truth truth_ge(f32x16 a, f32x16 b) { return a >= b; }
+inline uint32_t bits(Truth truth) { return bits_of(truth); }
+inline f32x16 where(Truth truth, f32x16 x) { return as<f32x16>(as<i32x16>(x) & truth); }
+inline f32x16 except(Truth truth, f32x16 x) { return as<f32x16>(as<i32x16>(x) & ~truth); }
+inline Truth without(Truth a, Truth b) { return a & ~b; }
+struct LaneCount {
+    i32x16 less{};
+    void add(Truth truth) { less += truth; }  // -1 in each lane that holds
+    uint32_t total() const {
+        int32_t lanes[16], sum = 0;
+        store(lanes, less);
+        for (int32_t lane : lanes) sum -= lane;
+        return uint32_t(sum);
+    }
+};
 #if defined(__AVX2__)
 // For each mask of eight lanes, the lanes under it, in order.
 struct LaneLists {
@@ -196,6 +224,20 @@ inline f32x16 from_float16(u16x16 bits) {
 }
 #endif
 #endif
+
+// 32 numbers of 8 bits.
+inline void store_signed_bytes(int8_t* to, const i32x16& first, const i32x16& second) {
+#if defined(__AVX2__) && !defined(HSR_AVX512)
+    // Packs keep to halves of the register: fours of lanes come out as 0, 2, 4, 6, 1, 3, 5, 7.
+    const __m256i words = _mm256_packs_epi32((__m256i)first.low, (__m256i)first.high),
+                  more = _mm256_packs_epi32((__m256i)second.low, (__m256i)second.high);
+    _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words, more),
+                                                                  _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#else
+    store(to, signed_bytes(first));
+    store(to + 16, signed_bytes(second));
+#endif
+}
 
 // exp(x) = 2^n 2^f with x log2(e) = n + f, |f| <= 1/2; relative error below 2e-7 (1 + |x|). Above 88 it
 // saturates. Below -87 it is 0 or, on AVX-512, the subnormal number. 2^f: minimax polynomial of degree 5.

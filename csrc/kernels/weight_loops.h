@@ -40,13 +40,13 @@ void code_values(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t*
     range[3 * wide] = max_of_lanes(widest);
 }
 
-// 2^t within 1e-4 of itself, for t <= 0: a minimax polynomial of degree 3 on [-1/2, 1/2].
+// 2^t within 1e-4 of itself, for t <= 0, and something for others: a minimax polynomial of degree 3 on [-1/2, 1/2].
 inline f32x16 power_of_two(f32x16 t) {
 #if defined(HSR_AVX512)
     const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    t = max_of(min_of(t, splat(0.0f)), splat(-126.0f));
+    t = max_of(t, splat(-126.0f));
     const f32x16 shifted = t + magic, n = shifted - magic;
 #endif
     const f32x16 f = t - n;
@@ -74,39 +74,47 @@ void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, 
     const float reference = limits->reference, cap = limits->cap;
     const uint32_t first = limits->first;
     f32x16 omitted[2] = {}, mass[2] = {};
-    uint32_t words = 0, kept = 0, found = 0;
+    uint32_t words = 0, found = 0;
+    LaneCount kept;
     *out = {};
     for (size_t start = 0; start < count; start += kRangeKeys) {
         const size_t end = count - start < kRangeKeys ? count : start + kRangeKeys;
         i32x16 total = {};
         for (size_t i = start; i < end; i += 64) {
-            f32x16 x[4];
-            uint32_t mask[4];
-            for (int b = 0; b < 4; ++b) {
-                x[b] = load<f32x16>(logits + i + 16 * b);
-                mask[b] = mask_ge(x[b], from);
-                omitted[b % 2] += keep_lanes(~mask[b] & 0xffffu, power_above(x[b] - reference));
+            const float* own = logits + i;
+            Truth any{}, any_large{};
+            for (int b = 0; b < 64; b += 16) {
+                const f32x16 x = load<f32x16>(own + b);
+                const Truth reaches = truth_ge(x, from);
+                omitted[b / 16 % 2] += except(reaches, power_above(x - reference));
+                any = any | reaches;
             }
-            if (!(mask[0] | mask[1] | mask[2] | mask[3])) {
+            if (!bits(any)) {
                 store(digits + i, u8x64{});
                 continue;
             }
             words |= 1u << (i / 64);
-            uint32_t large[4];
-            for (int b = 0; b < 4; ++b) {
-                large[b] = mask[b] & mask_ge(x[b], exact_from);
-                const f32x16 w = keep_lanes(mask[b] ^ large[b], power_of_two(x[b] - cap));
-                mass[b % 2] += w;
-                const i32x16 digit = convert<i32x16>(w * kDigits + dither[b]);
-                total += digit;
-                store(digits + i + 16 * b, signed_bytes(digit));
+            for (int b = 0; b < 64; b += 32) {
+                i32x16 digit[2];
+                for (int h = 0; h < 2; ++h) {
+                    const f32x16 x = load<f32x16>(own + b + 16 * h);
+                    const Truth reaches = truth_ge(x, from), large = reaches & truth_ge(x, exact_from);
+                    const f32x16 w = where(without(reaches, large), power_of_two(x - cap));
+                    mass[h] += w;
+                    digit[h] = convert<i32x16>(w * kDigits + dither[b / 16 + h]);
+                    total += digit[h];
+                    kept.add(reaches);
+                    any_large = any_large | large;
+                }
+                store_signed_bytes(digits + i + b, digit[0], digit[1]);
             }
-            kept += uint32_t(__builtin_popcount(mask[0] | mask[1] << 16) + __builtin_popcount(mask[2] | mask[3] << 16));
-            if (!(large[0] | large[1] | large[2] | large[3])) continue;
-            for (int b = 0; b < 4; ++b) {
-                compress(large[b], lane + int32_t(first + i + 16 * b), positions + found);
-                compress(large[b], as<i32x16>(x[b]), (uint32_t*)(exact + found));
-                found += uint32_t(__builtin_popcount(large[b]));
+            if (!bits(any_large)) continue;
+            for (int b = 0; b < 64; b += 16) {
+                const f32x16 x = load<f32x16>(own + b);
+                const uint32_t large = mask_ge(x, from) & mask_ge(x, exact_from);
+                compress(large, lane + int32_t(first + i + b), positions + found);
+                compress(large, as<i32x16>(x), (uint32_t*)(exact + found));
+                found += uint32_t(__builtin_popcount(large));
             }
         }
         int32_t lanes[16];
@@ -116,80 +124,61 @@ void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, 
     out->omitted = sum_of(omitted[0] + omitted[1]);
     out->mass = sum_of(mass[0] + mass[1]);
     out->words = words;
-    out->coded = kept - found;
+    out->coded = kept.total() - found;
     out->exact = found;
 }
 
-template <int N>
-struct Number {
-    static constexpr int value = N;
-};
-
-// Wide: registers of values that meet the digits at once.
+// Of one range, the values' coordinates from `at` on, Wide registers of them.
 template <int Queries, int Wide>
-inline void multiply_strip(const uint8_t* codes, const float* ranges, size_t wide, int at, uint32_t words,
+inline void multiply_strip(const uint8_t* codes, const float* range, size_t wide, int at, uint32_t words,
                            const int8_t* digits, const float* units, const uint32_t* digit_sums, float* accumulators,
                            size_t stride) {
-    constexpr int kWords = kRangeKeys / 64;
-    for (size_t range = 0; range < kRanges; ++range, words >>= kWords, ranges += 3 * wide + 1) {
-        uint32_t here = words & ((1u << kWords) - 1);
-        if (!here) continue;
-        ByteSum sum[Queries][Wide];
-        for (; here; here &= here - 1) {
-            const size_t key = range * kRangeKeys + size_t(__builtin_ctz(here)) * 64;
-            in_turns(
-                16, ByteSum::kMost,
-                [&](int quad) {
-                    const uint8_t* from = codes + ((key / 4 + size_t(quad)) * wide + size_t(at)) * 4;
-                    Bytes value[Wide];
-                    for (int j = 0; j < Wide; ++j) value[j] = load<Bytes>(from + kRegisterBytes * j);
-                    for (int q = 0; q < Queries; ++q) {
-                        const int32_t four = four_digits(digits + key + 4 * quad + size_t(q) * kPanelKeys);
-                        for (int j = 0; j < Wide; ++j) sum[q][j].add(ByteCodes(value[j]), four);
-                    }
-                },
-                [&] { settle_all(sum); });
-        }
-        for (int j = 0; j < Wide; ++j) {
-            const int place = at + kPartLanes * j;
-            const Floats low = load<Floats>(ranges + place), step = load<Floats>(ranges + wide + place);
+    Ints sum[Queries][Wide];
+    for (auto& row : sum)
+        for (Ints& own : row) own = Ints{};
+    for (; words; words &= words - 1) {
+        const size_t key = size_t(__builtin_ctz(words)) * 64;
+        const uint8_t* from = codes + (key / 4 * wide + size_t(at)) * 4;
+        for (size_t quad = 0; quad < 16; ++quad, from += wide * 4) {
+            Bytes value[Wide];
+            for (int j = 0; j < Wide; ++j) value[j] = value_codes(load<Bytes>(from + kRegisterBytes * j));
             for (int q = 0; q < Queries; ++q) {
-                float* to = accumulators + size_t(q) * stride + place;
-                const float digit_sum = float(digit_sums[size_t(q) * kRanges + range]);
-                store(to, load<Floats>(to) + units[q] * (step * convert<Floats>(sum[q][j].total()) + low * digit_sum));
+                const int32_t four = four_digits(digits + key + 4 * quad + size_t(q) * kPanelKeys);
+                for (int j = 0; j < Wide; ++j) sum[q][j] = add_values(sum[q][j], value[j], four);
             }
         }
     }
-}
-
-template <int Queries>
-inline void multiply_rows(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
-                          const float* units, const uint32_t* digit_sums, float* accumulators, size_t stride) {
-    constexpr int kWide = kMicroRegisters;
-    const int wide = (dim + 15) / 16 * 16;
-    int at = 0;
-    for (; at + kPartLanes * kWide <= wide; at += kPartLanes * kWide)
-        multiply_strip<Queries, kWide>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums, accumulators,
-                                       stride);
-    for (; at < wide; at += kPartLanes)
-        multiply_strip<Queries, 1>(codes, ranges, size_t(wide), at, words, digits, units, digit_sums, accumulators,
-                                   stride);
+    for (int j = 0; j < Wide; ++j) {
+        const int place = at + kPartLanes * j;
+        const Floats low = load<Floats>(range + place), step = load<Floats>(range + wide + place);
+        for (int q = 0; q < Queries; ++q) {
+            float* to = accumulators + size_t(q) * stride + place;
+            const uint32_t digit_sum = digit_sums[size_t(q) * kRanges];
+            const Floats dot = convert<Floats>(sum[q][j] + int32_t(kValueShift * digit_sum));
+            store(to, load<Floats>(to) + units[q] * (step * dot + low * float(digit_sum)));
+        }
+    }
 }
 
 // accumulators[q] += units[q] * sum of digits[q][key] * value of key, over the words of 64 keys in `words`;
-// digit_sums[q][range] are the sums of the digits.
+// digit_sums[q][range] are the sums of the digits. A range at a time: its codes stay in the first cache.
 void multiply_panel(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
                     const float* units, const uint32_t* digit_sums, int count, float* accumulators, size_t stride) {
-    const auto rows = [&](auto queries) {
-        multiply_rows<decltype(queries)::value>(codes, ranges, dim, words, digits, units, digit_sums, accumulators,
-                                                stride);
-    };
-    switch (count) {  // at most kDenseRows
-        case 1: return rows(Number<1>());
-        case 2: return rows(Number<2>());
-        case 3: return rows(Number<3>());
-        case 4: return rows(Number<4>());
-        case 5: return rows(Number<5>());
-        default: return rows(Number<kDenseRows>());
-    }
+    constexpr size_t kWords = kRangeKeys / 64;
+    const size_t wide = size_t((dim + 15) / 16 * 16);
+    with_number<kDenseRows>(count, [&](auto number) {
+        constexpr int kQueries = decltype(number)::value, kWide = kMicroRegisters;
+        for (size_t range = 0; range < kRanges; ++range) {
+            const uint32_t here = words >> (range * kWords) & ((1u << kWords) - 1);
+            if (!here) continue;
+            const auto strip = [&](auto registers, int at) {
+                multiply_strip<kQueries, decltype(registers)::value>(
+                    codes + range * kRangeKeys * wide, ranges + range * (3 * wide + 1), wide, at, here,
+                    digits + range * kRangeKeys, units, digit_sums + range, accumulators, stride);
+            };
+            int at = 0;
+            for (; at + kPartLanes * kWide <= int(wide); at += kPartLanes * kWide) strip(Number<kWide>(), at);
+            for (; at < int(wide); at += kPartLanes) strip(Number<1>(), at);
+        }
+    });
 }
