@@ -181,9 +181,9 @@ inline Ints in_register(Ints x) {
     return x;
 }
 
-// Panels of prompts are scored often enough to widen codes and digits to 16 bits: of four dimensions, the even ones stand
-// in a first register and the odd ones in a second. That is as many instructions as with nibbles, but no settling, and
-// sums for two registers of keys at once.
+// Panels of prompts are scored often enough to widen codes and digits to 16 bits: of four dimensions, the even ones
+// stand in a first register and the odd ones in a second. That is as many instructions as with nibbles, but no
+// settling, and sums for two registers of keys at once.
 constexpr int kPanelDims = 2;
 inline void store_digits(int8_t* to, i8x16 digits) {
     const __m128i four = (__m128i)digits, even = _mm_srai_epi16(_mm_slli_epi16(four, 8), 8),

@@ -97,8 +97,8 @@ struct SelectionSums {
     float *offsets, *steps, *squares;
 };
 
-// A panel of keys for many queries: joined codes, in the order and width that the level multiplies them in, their steps,
-// and the largest residual8 and step among them.
+// A panel of keys for many queries: joined codes, in the order and width that the level multiplies them in, their
+// steps, and the largest residual8 and step among them.
 constexpr size_t kPanelBlocks = 64, kPanelKeys = kPanelBlocks * kBlock;
 constexpr int kDenseRows = 6, kDenseStride = 8;  // queries whose weights [key][kDenseStride] meet values as a matrix
 constexpr size_t kSumPiece = 64;                 // float32 sums start afresh after so many keys: long chains round more

@@ -85,8 +85,8 @@ void code_query(const float* y, int dim, PanelQuery* query) {
 }
 
 template <int Queries>
-inline void score_word(const uint8_t* codes, const float* steps, int count, const PanelQuery* queries,
-                       float* logits, size_t stride) {
+inline void score_word(const uint8_t* codes, const float* steps, int count, const PanelQuery* queries, float* logits,
+                       size_t stride) {
     for (int first = 0; first < 4 * kParts; first += kMicroRegisters) {
         Ints sum[kMicroRegisters][Queries];
         // sum of digits * (code - 127.5) = dot - 127.5 digit_sum; half a unit at most is rounded away
@@ -120,9 +120,9 @@ void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuer
         const int here = count - first < kMicroQueries ? count - first : kMicroQueries;
         const auto score = [&](auto number) {
             for (size_t word = 0; word < words; ++word)
-                score_word<decltype(number)::value>(panel->codes + word * size_t(steps) * 256,
-                                                    panel->steps + word * 64, steps, queries + first,
-                                                    logits + size_t(first) * stride + word * 64, stride);
+                score_word<decltype(number)::value>(panel->codes + word * size_t(steps) * 256, panel->steps + word * 64,
+                                                    steps, queries + first, logits + size_t(first) * stride + word * 64,
+                                                    stride);
         };
         with_number<kMicroQueries>(here, score);
     }
