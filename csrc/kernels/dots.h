@@ -110,8 +110,6 @@ struct ByteCodes {
 struct ByteSum {
     static constexpr int kMost = 1 << 30;
     Ints sum{};
-    ByteSum() = default;
-    explicit ByteSum(Ints start) : sum(start) {}
     void add(const ByteCodes& codes, int32_t digits) { sum = dot4(sum, codes.all, digits); }
     void settle() {}
     Ints total() const { return sum; }
@@ -127,8 +125,6 @@ struct PlaneCodes {
 };
 struct ByteCodes {
     Bytes low, high;
-    explicit ByteCodes(Bytes x) : low(low_nibbles(x)), high(high_nibbles(x)) {}
-    ByteCodes(Bytes lower, Bytes upper) : low(lower), high(upper) {}
     static ByteCodes of_low(Bytes high, Bytes low) { return {low_nibbles(low), low_nibbles(high)}; }
     static ByteCodes of_high(Bytes high, Bytes low) { return {high_nibbles(low), high_nibbles(high)}; }
     Bytes bytes() const { return raised(high) | low; }
@@ -162,8 +158,6 @@ struct ByteSum {
     static constexpr int kMost = kWordAdds;
     Words low{}, high{};
     Ints all{};
-    ByteSum() = default;
-    explicit ByteSum(Ints start) : all(start) {}
     void add(const ByteCodes& codes, int32_t digits) {
         low = dot2(low, codes.low, digits);
         high = dot2(high, codes.high, digits);
@@ -212,6 +206,19 @@ template <class Sum, int Rows, int Columns>
 inline void settle_all(Sum (&sums)[Rows][Columns]) {
     for (auto& row : sums)
         for (Sum& sum : row) sum.settle();
+}
+
+// A number, or a name of an enumeration, that the compiler is to know.
+template <auto N>
+struct Number {
+    static constexpr auto value = N;
+};
+// body(Number<n>()), for n from 1 to Most.
+template <int Most, class Body>
+inline void with_number(int n, const Body& body) {
+    if constexpr (Most > 1)
+        if (n < Most) return with_number<Most - 1>(n, body);
+    body(Number<Most>());
 }
 
 // body(i) for i in [0, count), and settle() after at most `most` of them and at the end.

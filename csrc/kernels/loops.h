@@ -209,6 +209,13 @@ struct ScanQuery {
     explicit ScanQuery(const CodedQuery& query)
         : digits(query.high), offset(7.5f * query.high_sum), factor(16.0f * query.unit), centre(query.centre) {}
 };
+template <int Count>
+struct ScanQueries {
+    ScanQuery own[Count];
+    explicit ScanQueries(const CodedQuery* queries) {
+        for (int q = 0; q < Count; ++q) own[q] = ScanQuery(queries[q]);
+    }
+};
 
 // Estimates of `Blocks` neighbouring blocks of one tile; raises top[q].
 template <int Count, int Blocks>
@@ -264,27 +271,22 @@ inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const Scan
         score_together<Count, 1>(high + block * bytes, dim, queries, estimates + block * 16, stride, top);
 }
 
+// A function of its own: taken together with those of other counts, GCC keeps sums in memory.
 template <int Count>
-inline void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* estimates,
-                      size_t stride, float* maxima) {
-    ScanQuery scanned[Count];
+[[gnu::noinline]] void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+                                 float* estimates, size_t stride, float* maxima) {
+    const ScanQueries<Count> scanned(queries);
     Floats top[Count];
-    for (int q = 0; q < Count; ++q) {
-        scanned[q] = ScanQuery(queries[q]);
-        top[q] = splat_to<Floats>(maxima[q]);
-    }
-    score_blocks<Count>(high, dim, blocks, scanned, estimates, stride, top);
+    for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(maxima[q]);
+    score_blocks<Count>(high, dim, blocks, scanned.own, estimates, stride, top);
     for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
 }
 
 void scan(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* estimates,
           size_t stride, float* maxima) {
-    switch (count) {
-        case 1: return scan_tile<1>(high, dim, blocks, queries, estimates, stride, maxima);
-        case 2: return scan_tile<2>(high, dim, blocks, queries, estimates, stride, maxima);
-        case 3: return scan_tile<3>(high, dim, blocks, queries, estimates, stride, maxima);
-        default: return scan_tile<4>(high, dim, blocks, queries, estimates, stride, maxima);
-    }
+    with_number<kTile>(count, [&](auto number) {
+        scan_tile<decltype(number)::value>(high, dim, blocks, queries, estimates, stride, maxima);
+    });
 }
 
 // As flash attention keeps its running maximum: a few blocks are scored, then their masses added.
@@ -298,18 +300,15 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
     const size_t stride = uppers ? uppers_stride : kGroup * 16;
     float reference[Count];
     f32x16 sum[Count] = {};
-    ScanQuery scanned[Count];
-    for (int q = 0; q < Count; ++q) {
-        reference[q] = -3.0e38f;
-        scanned[q] = ScanQuery(queries[q]);
-    }
+    const ScanQueries<Count> scanned(queries);
+    for (int q = 0; q < Count; ++q) reference[q] = -3.0e38f;
     for (size_t first = 0; first < blocks; first += kGroup) {
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
         const uint8_t* codes = high + first * (bytes + 64);
         float* here = uppers ? uppers + first * 16 : scratch;
         Floats top[Count];
         for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(-kInfinity);
-        score_blocks<Count>(codes, dim, count, scanned, here, stride, top);
+        score_blocks<Count>(codes, dim, count, scanned.own, here, stride, top);
         for (int q = 0; q < Count; ++q) {
             const float highest = max_of_lanes(top[q]);
             if (highest > reference[q]) {
@@ -352,11 +351,10 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
 
 void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
                size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride) {
-#define HSR_CASE(N) \
-    case N:         \
-        return scan_mass_tile<N>(high, dim, blocks, queries, uppers, stride, maxima, masses, block_masses, mass_stride);
-    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
-#undef HSR_CASE
+    with_number<kTile>(count, [&](auto number) {
+        scan_mass_tile<decltype(number)::value>(high, dim, blocks, queries, uppers, stride, maxima, masses,
+                                                block_masses, mass_stride);
+    });
 }
 
 template <int Count>
@@ -366,12 +364,11 @@ inline void scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const C
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     alignas(64) float scratch[Count * kGroup * 16];
     Floats top[Count] = {};
-    ScanQuery scanned[Count];
-    for (int q = 0; q < Count; ++q) scanned[q] = ScanQuery(queries[q]);
+    const ScanQueries<Count> scanned(queries);
     for (size_t first = 0; first < blocks; first += kGroup) {
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
         const uint8_t* codes = high + first * (bytes + 64);
-        score_blocks<Count>(codes, dim, count, scanned, scratch, kGroup * 16, top);
+        score_blocks<Count>(codes, dim, count, scanned.own, scratch, kGroup * 16, top);
         for (size_t b = 0; b < count; ++b, codes += bytes + 64) {
             const f32x16 step = load_bfloat16<f32x16>(codes + bytes),
                          residual = load_bfloat16<f32x16>(codes + bytes + 32);
@@ -387,12 +384,9 @@ inline void scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const C
 
 void scan_reach(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
                 const float* thresholds, uint16_t* masks) {
-    switch (count) {
-        case 1: return scan_reach_tile<1>(high, dim, blocks, queries, thresholds, masks);
-        case 2: return scan_reach_tile<2>(high, dim, blocks, queries, thresholds, masks);
-        case 3: return scan_reach_tile<3>(high, dim, blocks, queries, thresholds, masks);
-        default: return scan_reach_tile<4>(high, dim, blocks, queries, thresholds, masks);
-    }
+    with_number<kTile>(count, [&](auto number) {
+        scan_reach_tile<decltype(number)::value>(high, dim, blocks, queries, thresholds, masks);
+    });
 }
 
 double sum_exp(const float* x, size_t count, float reference) {
@@ -512,12 +506,8 @@ inline void accumulate_tile(const uint8_t* rows, int dim, const KeptKeys* kept, 
 }
 
 void accumulate_codes(const uint8_t* rows, int dim, const KeptKeys* kept, int count, float* accumulators) {
-    switch (count) {
-        case 1: return accumulate_tile<1>(rows, dim, kept, accumulators);
-        case 2: return accumulate_tile<2>(rows, dim, kept, accumulators);
-        case 3: return accumulate_tile<3>(rows, dim, kept, accumulators);
-        default: return accumulate_tile<4>(rows, dim, kept, accumulators);
-    }
+    with_number<kTile>(count,
+                       [&](auto number) { accumulate_tile<decltype(number)::value>(rows, dim, kept, accumulators); });
 }
 
 // ------------------------------------------------------------------ full precision
@@ -585,10 +575,9 @@ inline void flat_tile(Dtype dtype, const void* blocks, int dim, size_t block_cou
 
 void flat_masks(Dtype dtype, const void* blocks, int dim, size_t block_count, const float* queries, int count,
                 const float* thresholds, uint16_t* masks, size_t stride) {
-#define HSR_CASE(N) \
-    case N: return flat_tile<N>(dtype, blocks, dim, block_count, queries, thresholds, masks, stride);
-    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
-#undef HSR_CASE
+    with_number<kTile>(count, [&](auto number) {
+        flat_tile<decltype(number)::value>(dtype, blocks, dim, block_count, queries, thresholds, masks, stride);
+    });
 }
 
 void flat_block64(Dtype dtype, const void* block, int dim, const float* query, double* scores) {

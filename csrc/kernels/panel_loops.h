@@ -11,18 +11,6 @@ constexpr int kMicroRegisters = 2;
 constexpr int kMicroRegisters = 1;
 #endif
 
-template <int N>
-struct Number {
-    static constexpr int value = N;
-};
-// body(Number<n>()), for n from 1 to Most.
-template <int Most, class Body>
-inline void with_number(int n, const Body& body) {
-    if constexpr (Most > 1)
-        if (n < Most) return with_number<Most - 1>(n, body);
-    body(Number<Most>());
-}
-
 // Both planes joined, [word of 4 blocks][kPanelDims dimensions][block][64 bytes], from block `first` of the panel on; a
 // last word is filled with zeros.
 void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, size_t first, CodedPanel* panel) {

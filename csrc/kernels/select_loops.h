@@ -77,12 +77,9 @@ inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t
 
 void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries, int count,
             float* estimates, size_t stride, float* maxima) {
-    switch (count) {
-        case 1: return refine_tile<1>(high, low, dim, blocks, queries, estimates, stride, maxima);
-        case 2: return refine_tile<2>(high, low, dim, blocks, queries, estimates, stride, maxima);
-        case 3: return refine_tile<3>(high, low, dim, blocks, queries, estimates, stride, maxima);
-        default: return refine_tile<4>(high, low, dim, blocks, queries, estimates, stride, maxima);
-    }
+    with_number<kTile>(count, [&](auto number) {
+        refine_tile<decltype(number)::value>(high, low, dim, blocks, queries, estimates, stride, maxima);
+    });
 }
 
 constexpr int kRefineBlocks = kParts == 1 ? 2 : 1;
@@ -236,13 +233,9 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
             for (int q = 0; q < Count; ++q)
                 if (found.doubts[f][q]) which[some++] = q;
             float* refined = found.keys[f][0];
-            constexpr int kTwo = Count < 2 ? Count : 2, kThree = Count < 3 ? Count : 3;
-            switch (some) {
-                case 1: refine_together<1, 1>(h, l, dim, queries, which, Count, refined); break;
-                case 2: refine_together<kTwo, 1>(h, l, dim, queries, which, Count, refined); break;
-                case 3: refine_together<kThree, 1>(h, l, dim, queries, which, Count, refined); break;
-                default: refine_together<Count, 1>(h, l, dim, queries, which, Count, refined); break;
-            }
+            with_number<Count>(some, [&](auto number) {
+                refine_together<decltype(number)::value, 1>(h, l, dim, queries, which, Count, refined);
+            });
         } else {
             refine_together<Count, kRefineBlocks>(h, l, dim, queries, kEvery, Count, found.keys[f][0]);
         }
@@ -309,15 +302,16 @@ void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parame
             size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
             Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
             const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
-#define HSR_SELECT(N, WANTED)                                                                                          \
-    select_tile<N, WANTED>(high, low, value_parameters, dim, value_dim, blocks, first_key, queries, selection, uppers, \
-                           stride, block_masses, mass_stride, reaching, kept, sums)
-#define HSR_CASE(N)                                                   \
-    case N:                                                           \
-        return wanted == Sums::all      ? HSR_SELECT(N, Sums::all)    \
-               : wanted == Sums::masses ? HSR_SELECT(N, Sums::masses) \
-                                        : HSR_SELECT(N, Sums::none);
-    switch (count) { HSR_CASE(1) HSR_CASE(2) HSR_CASE(3) HSR_CASE(4) }
-#undef HSR_CASE
-#undef HSR_SELECT
+    with_number<kTile>(count, [&](auto number) {
+        const auto sums_of = [&](auto sums_wanted) {
+            select_tile<decltype(number)::value, decltype(sums_wanted)::value>(
+                high, low, value_parameters, dim, value_dim, blocks, first_key, queries, selection, uppers, stride,
+                block_masses, mass_stride, reaching, kept, sums);
+        };
+        switch (wanted) {
+            case Sums::none: return sums_of(Number<Sums::none>());
+            case Sums::masses: return sums_of(Number<Sums::masses>());
+            case Sums::all: return sums_of(Number<Sums::all>());
+        }
+    });
 }
