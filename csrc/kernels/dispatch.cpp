@@ -29,16 +29,27 @@ const Kernels& table();
 namespace {
 
 #if defined(__x86_64__)
+#if defined(HSR_EMULATE)
+constexpr bool kEmulated = true;  // by tests/native/emulated, on any machine with AVX2
+#else
+constexpr bool kEmulated = false;
+#endif
 bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
-#endif
+bool has_avx512() {
+    return kEmulated ? has_avx2()
+                     : __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512vnni");
+}
 #if defined(HSR_AVXVNNI)
 // The vector neural network instructions in 256 bits: leaf 7, subleaf 1, EAX bit 4.
 bool has_avxvnni() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    return has_avx2() && (kEmulated || (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1)));
 }
+#endif
 #endif
 
 struct Level {
@@ -55,12 +66,7 @@ const Level kLevels[] = {
 #if defined(HSR_AVXVNNI)
     {"avxvnni", avxvnni::table, has_avxvnni},
 #endif
-    {"avx512", avx512::table,
-     [] {
-         return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vnni"));
-     }},
+    {"avx512", avx512::table, has_avx512},
 #endif
 };
 
