@@ -7,19 +7,17 @@ thread. The rows of the weight as a batch of as many matrices as there are threa
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch.nn.functional import linear
 
-_GAIN = 1.1  # what a split must gain to be kept: less is noise
+_GAIN = 1.05  # what a split must gain to be kept: less is noise
 _TIMED = 16  # layers of one size that are timed in turn, so that weights come from memory
-_ROUNDS = 5
+_ROUNDS = 10
 
 
 @contextmanager
@@ -43,7 +41,11 @@ def parallel_linear(model: torch.nn.Module) -> Iterator[dict[tuple[int, int], in
     sizes: dict[tuple[int, int], list[torch.nn.Linear]] = defaultdict(list)
     for layer in model.modules():
         # Another class, or a forward of its own, computes something else.
-        if type(layer) is torch.nn.Linear and "forward" not in layer.__dict__ and _fits(layer):
+        if (
+            type(layer) is torch.nn.Linear
+            and "forward" not in layer.__dict__
+            and _fits(layer.weight)
+        ):
             sizes[layer.out_features, layer.in_features].append(layer)
     threads = torch.get_num_threads()
     split: dict[tuple[int, int], int] = {}
@@ -53,47 +55,67 @@ def parallel_linear(model: torch.nn.Module) -> Iterator[dict[tuple[int, int], in
             if parts > 1 and _faster(layers[:_TIMED], parts):
                 split[size] = parts
                 for layer in layers:
-                    layer.__dict__["forward"] = partial(_forward, layer, parts)
+                    layer.__dict__["forward"] = _Forward(layer, parts)
                     undo.callback(layer.__dict__.pop, "forward", None)
         yield split
 
 
-def _fits(layer: torch.nn.Linear) -> bool:
-    weight = layer.weight
+def _fits(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.is_floating_point() and weight.is_contiguous()
 
 
-def _forward(layer: torch.nn.Linear, parts: int, x: torch.Tensor) -> torch.Tensor:
-    weight = layer.weight
-    one = x.numel() == weight.shape[1] and x.dtype == weight.dtype
-    if not one or not _fits(layer) or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return linear(x, weight, layer.bias)
-    return in_parts(x, weight, layer.bias, parts)
+class _Forward:
+    """What stands in for the forward call of one layer; a step makes hundreds, so little is asked."""
+
+    def __init__(self, layer: torch.nn.Linear, parts: int) -> None:
+        self.layer = layer
+        self.parts = parts
+        self.address = (
+            0  # of the weight that `columns` is a view of, which keeps its memory from others
+        )
+        self.columns: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        parameters = self.layer._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        several = x.numel() != weight.shape[1]
+        if several or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return linear(x, weight, bias)
+        if weight.data_ptr() != self.address:
+            self.address = weight.data_ptr()
+            self.columns = columns(weight.detach(), self.parts) if _fits(weight) else None
+        if self.columns is None:
+            return linear(x, weight, bias)
+        return in_parts(x, self.columns, bias)
 
 
-def in_parts(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int
-) -> torch.Tensor:
-    """Return ``x W^T + b`` of one row ``x`` [..., in], the rows of ``W`` [out, in] in ``parts``."""
-    row = x.reshape(1, 1, -1).expand(parts, 1, -1)
-    out = torch.bmm(row, weight.view(parts, -1, weight.shape[1]).mT).view(*x.shape[:-1], -1)
+def columns(weight: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return ``W`` [out, in] as a view [parts, in, out / parts]."""
+    return weight.view(parts, -1, weight.shape[1]).mT
+
+
+def in_parts(x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return ``x W^T + b`` of one row ``x`` [..., in] and the ``columns`` of ``W``."""
+    row = x.reshape(1, 1, -1).expand(columns.shape[0], 1, -1)
+    out = torch.bmm(row, columns).view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
 
 
 def _faster(layers: list[torch.nn.Linear], parts: int) -> bool:
-    """Say whether one token passes these layers faster in parts, by the medians of runs in turn."""
+    """Say whether one token passes these layers faster in parts, by the best of runs in turn."""
     weight = layers[0].weight
     x = torch.ones(1, 1, weight.shape[1], dtype=weight.dtype)
 
-    def seconds(product: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    def seconds(product: Callable[[torch.nn.Linear], torch.Tensor]) -> float:
         start = time.perf_counter()
         for layer in layers:
-            product(layer.weight)
+            product(layer)
         return time.perf_counter() - start
 
     whole, split = [], []
     with torch.no_grad():
-        for _ in range(_ROUNDS + 1):  # the first warms up
-            whole.append(seconds(lambda w: linear(x, w)))
-            split.append(seconds(lambda w: in_parts(x, w, None, parts)))
-    return statistics.median(whole[1:]) > _GAIN * statistics.median(split[1:])
+        for _ in range(_ROUNDS):
+            whole.append(seconds(lambda layer: linear(x, layer.weight)))
+            split.append(seconds(lambda layer: in_parts(x, columns(layer.weight, parts), None)))
+    return min(whole) > _GAIN * min(split)
