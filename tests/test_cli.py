@@ -563,9 +563,27 @@ def test_bench_generate(run, model, prompt, tmp_path):
         assert row["logprob_difference_mean"] < 1e-4
         assert row["row_bytes"] == 2 * 2 * 2 * 16 * 4 * row["n"]
     assert picture.stat().st_size > 10_000
-    assert "fastest dense" in ok(run(*arguments))
+    printed = ok(run(*arguments, "--torch-linear"))
+    assert "fastest dense" in printed and "Linear layers: by torch alone" in printed
     refused(run(*arguments, "--lengths", "64,301"), "the text has 300 tokens")
     refused(run(*arguments, "--lengths", "x"), "--lengths must be numbers")
+
+
+@needs_torch
+def test_linear_layers_are_split_where_that_is_faster(run, model, prompt, monkeypatch):
+    from hsr_attention.integrations import parallel_linear
+
+    monkeypatch.setattr(parallel_linear, "_faster", lambda layers, parts: True)
+    generate = ("generate", "--model", model, "--prompt-file", prompt, "--max-new-tokens", 4)
+    generate += ("--threads", 2, "--compare-dense")
+    alone = json.loads(ok(run(*generate, "--torch-linear", "--json")))
+    split = json.loads(ok(run(*generate, "--json")))
+    assert alone["linear_parts"] == {}
+    assert split["linear_parts"] == {"64 x 64": 2, "32 x 64": 2, "62 x 64": 2}
+    for path in ("hsr", "dense"):
+        assert split[path]["tokens"] == alone[path]["tokens"]
+        assert split[path]["logprobs"] == pytest.approx(alone[path]["logprobs"], abs=1e-3)
+    assert "Linear layers of one token in 2 parts, dense too: 64 x 64" in ok(run(*generate))
 
 
 @needs_torch

@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "HSRCache": "hsr_attention.integrations.transformers",
     "enable": "hsr_attention.integrations.transformers",
+    "parallel_linear": "hsr_attention.integrations.parallel_linear",
 }
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "enable",
     "halfspace_index",
     "info",
+    "parallel_linear",
     "relu_attention",
     "set_num_threads",
     "softmax_attention",

@@ -24,6 +24,7 @@ def bench_generate(
     max_context: options.MaxContext = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Alternations.")] = 5,
     threads: options.Threads = None,
+    parallel_linear: options.ParallelLinear = True,
     plot: options.Plot = None,
     json: options.Json = False,
 ) -> None:
@@ -44,7 +45,8 @@ def bench_generate(
     )
     if ids.shape[1] < longest:
         raise InputError(f"the text has {ids.shape[1]} tokens, got --lengths {longest}")
-    with console.progress() as bar:
+    linear = options.linear_layers(loaded.model, parallel_linear)
+    with linear as split, console.progress() as bar:
         task = bar.add_task("prefill", total=longest)
         rows = generation_speed.measure(
             loaded.model,
@@ -60,6 +62,7 @@ def bench_generate(
         "dtype": str(dtype),
         "policy": repr(wanted),
         "rounds": rounds,
+        "linear_parts": split,
         "context_before_yarn": loaded.scaled_from,
         "lengths": rows,
         "machine": options.machine(),
@@ -88,3 +91,4 @@ def bench_generate(
         for row in rows
     ]
     console.print_table(f"{title}\n{wanted}", columns, cells)
+    console.out().print(options.linear_line(split))

@@ -72,6 +72,7 @@ def run(
         bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
     ] = False,
     threads: options.Threads = None,
+    parallel_linear: options.ParallelLinear = True,
     json: options.Json = False,
 ) -> None:
     """Continue a document greedily with half-space reporting attention.
@@ -101,36 +102,39 @@ def run(
         "stop": set() if ignore_eos else generation.stop_tokens(loaded.model),
         "positions": comparison.sweep(ids.shape[1]) if report else None,
     }
-    with _Screen(tokenizer, ids.shape[1], "prefill", silent=json) as screen:
-        hsr = comparison.run_hsr(
-            loaded.model,
-            ids,
-            wanted,
-            max_new_tokens,
-            chunk=prefill_chunk,
-            watch=screen.watch,
-            storage=generation.Storage(str(storage), storage_directory),
-            **settings,
-        )
     dense = None
-    if compare_dense:
-        with _Screen(tokenizer, ids.shape[1], "dense prefill", silent=True) as screen:
-            dense = comparison.run_dense(
+    with options.linear_layers(loaded.model, parallel_linear) as split:
+        with _Screen(tokenizer, ids.shape[1], "prefill", silent=json) as screen:
+            hsr = comparison.run_hsr(
                 loaded.model,
                 ids,
+                wanted,
                 max_new_tokens,
-                compared_to=hsr.decoded,
+                chunk=prefill_chunk,
                 watch=screen.watch,
+                storage=generation.Storage(str(storage), storage_directory),
                 **settings,
             )
+        if compare_dense:
+            with _Screen(tokenizer, ids.shape[1], "dense prefill", silent=True) as screen:
+                dense = comparison.run_dense(
+                    loaded.model,
+                    ids,
+                    max_new_tokens,
+                    compared_to=hsr.decoded,
+                    watch=screen.watch,
+                    **settings,
+                )
     found = summary(hsr.statistics)
     if report is not None:
         _draw(report, loaded, hsr, dense, found)
     if json:
         result = _as_dict(loaded, wanted, hsr, dense, found)
-        console.print_json(result | {"report": None if report is None else str(report)})
+        picture = None if report is None else str(report)
+        console.print_json(result | {"linear_parts": split, "report": picture})
     else:
         _print(loaded, wanted, hsr, dense, found)
+        console.out().print(options.linear_line(split))
         if report is not None:
             console.out().print(f"Picture: {report}")
 

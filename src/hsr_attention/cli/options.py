@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,6 +82,13 @@ Threads = Annotated[
     int | None,
     typer.Option(
         "--threads", min=1, help="Threads of torch and of hsr.", show_default="all cores"
+    ),
+]
+ParallelLinear = Annotated[
+    bool,
+    typer.Option(
+        "--parallel-linear/--torch-linear",
+        help="Linear layers of a token on all threads where that is faster, of dense attention too.",
     ),
 ]
 
@@ -248,6 +257,26 @@ def load_with_text(
         max_context = ids.shape[1] + new
     check_context(models.load_config(source), ids.shape[1], new, max_context, shorten)
     return models.load(model, dtype, max_context, tokenizer), ids
+
+
+@contextmanager
+def linear_layers(model: Any, parallel: bool) -> Iterator[dict[str, int]]:
+    """Run the linear layers of ``model`` on all threads; yield the parts of each size, "out x in"."""
+    if not parallel:
+        yield {}
+        return
+    from hsr_attention.integrations.parallel_linear import parallel_linear
+
+    with parallel_linear(model) as split:
+        yield {f"{out} x {into}": parts for (out, into), parts in split.items()}
+
+
+def linear_line(split: dict[str, int]) -> str:
+    """Say in a line which linear layers are split."""
+    if not split:
+        return "Linear layers: by torch alone."
+    sizes = ", ".join(split)
+    return f"Linear layers of one token in {max(split.values())} parts, dense too: {sizes}."
 
 
 def check_context(
