@@ -1,6 +1,7 @@
-"""The native core where its Python cannot run here: under sanitizers, and on ARM by emulation."""
+"""The native core where its Python cannot run here: under sanitizers, and other processors by emulation."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SIMDE = Path("/usr/include/simde")
 pytestmark = pytest.mark.slow
 
 
@@ -31,6 +33,14 @@ def build(directory, *options):
 def test_every_level_is_clean_under_sanitizers(tmp_path):
     said = run(build(tmp_path, "-DHSR_SANITIZE=ON"))
     assert "-- scalar" in said and "WRONG" not in said
+
+
+def test_x86_levels_that_this_machine_lacks(tmp_path):
+    if platform.machine() not in ("x86_64", "AMD64") or not SIMDE.is_dir():
+        pytest.skip("needs an x86 machine and libsimde-dev")
+    said = run(build(tmp_path, "-DHSR_EMULATE=ON", "-DCMAKE_BUILD_TYPE=Release"))
+    assert "WRONG" not in said
+    assert all(f"-- {level}" in said for level in ("avx2", "avxvnni", "avx512"))
 
 
 def test_arm(tmp_path):

@@ -253,7 +253,7 @@ inline f32x16 exp2_fraction(f32x16 f) {
 inline f32x16 exp_of(f32x16 x) {
     const f32x16 t = min_of(x, splat(88.0f)) * 1.44269504088896341f;
     const __m512 n = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (f32x16)_mm512_scalef_ps((__m512)exp2_fraction(t - (f32x16)n), n);
+    return (f32x16)_mm512_scalef_ps((__m512)exp2_fraction(t - (f32x16)n), n);  // of -inf, where t - n is none: 0
 }
 // exp(x - reference), from above by at most 0.4 %: 2^f on [0, 1) by a quadratic raised above it.
 inline f32x16 exp_above(f32x16 x, float reference) {
