@@ -70,12 +70,13 @@ def hsr_attention(
     """
     _refuse(dropout, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if key.dtype == torch.int64:  # a state of torch_ops: a graph is being made
-        return _traced(query, key, value, attention_mask, scaling, causal), None
-    mask = _mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
     if isinstance(key, CachedRows):
+        mask = _mask(attention_mask, query.shape[0], query.shape[2], key.tokens)
         out = _cached(module, query, key, value, mask, scaling, causal)
+    elif key.dtype == torch.int64:  # a state of torch_ops: a graph is being made
+        return _traced(query, key, value, attention_mask, scaling, causal), None
     else:
+        mask = _mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
         _check_uncached(module, query, key, causal)
         if isinstance(getattr(module, "config", None), ReLULMConfig):
             mask = matrix(mask, query.shape[2], key.shape[2])
@@ -150,10 +151,10 @@ def _cached(
 ) -> torch.Tensor:
     layer = key.layer
     n = len(layer.rows)
-    if key.shape[2] != n or not isinstance(value, CachedRows) or value.layer is not layer:
+    if key.tokens != n or not isinstance(value, CachedRows) or value.layer is not layer:
         raise ValueError(
             "keys and values must come from the newest update of one HSRCache, got keys of "
-            f"{key.shape[2]} tokens where the cache holds {n}"
+            f"{key.tokens} tokens where the cache holds {n}"
         )
     try:
         layer.model.check(getattr(module, "config", None))

@@ -41,6 +41,7 @@ class CachedRows(torch.Tensor):
     """
 
     layer: HSRLayer
+    tokens: int  # the third of its shape, quicker to ask
     new_tokens: int
     fresh: torch.Tensor | None
 
@@ -50,6 +51,7 @@ class CachedRows(torch.Tensor):
         shape = (*new.shape[:2], len(layer.rows), new.shape[3])
         rows = torch.empty((), dtype=new.dtype).expand(shape).as_subclass(cls)
         rows.layer = layer
+        rows.tokens = shape[2]
         rows.new_tokens = new.shape[2]
         rows.fresh = new if is_fresh else None
         return rows
