@@ -59,7 +59,7 @@ struct Kernels {
     // (ids ? ids[p] : p); returns how many. `hits` has room for end - begin + 8, and `ids` is whole blocks long.
     size_t (*scan)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search, const int32_t* ids,
                    PackedHit* hits);
-    // The same with the position + first_id and the score in two arrays.
+    // The same with the position + first_id and the score in two arrays, each with room for end - begin + 8.
     size_t (*scan_rows)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
                         int64_t first_id, int64_t* ids, float* scores);
     // Codes of 8 bits, code_j + 0.5 = 127.5 (y_j - centre_j) / half_width_j but for rounding, stand in runs of 32 keys,
