@@ -573,8 +573,10 @@ void PartitionTree::walk(const Tile& tile, Which which, Gathered* gathered, Coun
         member.wanted = search(query, tile.thresholds[i]);
         member.everything = search(query, -std::numeric_limits<double>::infinity());
         gathered[i].hits.clear();
-        gathered[i].scan =
-            !always && size() >= 16 * kSample && loops.count(sample_.data(), dim(), 0, kSample, member.wanted) >= kDeep;
+        const bool sampled = !always && size() >= 16 * kSample;
+        const int64_t found = sampled ? loops.count(sample_.data(), dim(), 0, kSample, member.wanted) : 0;
+        gathered[i].scan = found >= kDeep;
+        gathered[i].expected = found * size() / kSample;
         if (gathered[i].scan)
             which &= ~(rest & -rest);
         else
