@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <queue>
+#include <random>
 
 #include "threads.h"
 
@@ -302,7 +303,12 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
     // u M |q|_1 16 sqrt(d) (d + 2).
     if (size >= 16 * kSample) {
         std::vector<int32_t> spread;
-        for (int64_t i = 0; i < kSample; ++i) spread.push_back(int32_t(i * size / kSample));
+        // One of each of kSample runs, not always the same of a run: keys may come in a period.
+        std::minstd_rand draw(1);
+        for (int64_t i = 0; i < kSample; ++i) {
+            const int64_t first = i * size / kSample, last = (i + 1) * size / kSample;
+            spread.push_back(int32_t(first + int64_t(draw()) % (last - first)));
+        }
         sample_ = blocked(dim, keys, spread.data(), kSample);
     }
     double reach = largest();
