@@ -405,6 +405,7 @@ struct PartitionTree::Walk {
         View view;
         Search wanted, everything;
         double spent;
+        int32_t scanned_from;  // of a query that is behind: the keys it has not seen
     };
     // Blocks of keys on their way, that the codes left open for a query.
     struct Opened {
@@ -532,7 +533,7 @@ struct PartitionTree::Walk {
                 Member& member = members[query];
                 if (member.spent > pace * node.begin[0]) {
                     scanning |= rest & -rest;
-                    take(query, node.begin[0], int32_t(tree.size()), false);
+                    member.scanned_from = node.begin[0];
                     continue;
                 }
                 const unsigned found = tree.classify(loops, index, member.view.half);
@@ -566,6 +567,24 @@ struct PartitionTree::Walk {
         }
         while (first != next) read();
         while (first_opened != next_opened) read_opened();
+        if (scanning) scan_rest(scanning);
+    }
+    // Chunk by chunk, so that the queries share what is read.
+    void scan_rest(Which which) {
+        constexpr int32_t kChunk = 1024;
+        const int32_t size = int32_t(tree.size());
+        int32_t begin = size;
+        for (Which rest = which; rest; rest &= rest - 1)
+            begin = std::min(begin, members[__builtin_ctzll(rest)].scanned_from);
+        for (; begin < size; begin = begin / kChunk * kChunk + kChunk) {
+            const int32_t end = std::min(size, begin / kChunk * kChunk + kChunk);
+            for (Which rest = which; rest; rest &= rest - 1) {
+                const int query = __builtin_ctzll(rest);
+                const int32_t from = std::max(begin, members[query].scanned_from);
+                if (from < end) read_keys({from, end, query, false, -1, 0});
+                counters.scored += std::max(0, end - from);
+            }
+        }
     }
 };
 
