@@ -49,6 +49,8 @@ private:
     struct Link {
         int32_t own, child[2];  // entries below this one in the layer and in the children's catalogues
     };
+    static constexpr int kCorners = 2 * kLanes;      // of a fence
+    static constexpr size_t kFences = 4 * kCorners;  // floats of the fences of two children
     struct Builder;
     struct Walk;
 
@@ -63,11 +65,13 @@ private:
     double score(int64_t position, const Query& query) const;
     Link link(const Node& node, int32_t entry) const;
 
-    std::vector<Node> nodes_;
+    Lines<Node> nodes_;
     Floats blocks_;               // the points by node, in blocks of 8
-    std::vector<int32_t> order_;  // position in the order of ids of each of them, -1 for padding
-    std::vector<double> angles_;  // the catalogues
-    std::vector<Link> links_;     // one more a node than entries: below everything
+    Lines<int32_t> order_;  // position in the order of ids of each of them, -1 for padding
+    Floats fences_;               // corners of polygons around the children of each node, blocks of 8
+    double fence_slack_ = 0;      // by which a polygon may fall short, in any direction of length 1
+    Lines<double> angles_;  // the catalogues
+    Lines<Link> links_;     // one more a node than entries: below everything
 };
 
 }  // namespace hsr::tree

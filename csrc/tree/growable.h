@@ -46,8 +46,10 @@ struct LineAligned {
     bool operator==(const LineAligned&) const { return true; }
     bool operator!=(const LineAligned&) const { return false; }
 };
-using Floats = std::vector<float, LineAligned<float>>;
-using Codes = std::vector<int8_t, LineAligned<int8_t>>;
+template <class T>
+using Lines = std::vector<T, LineAligned<T>>;
+using Floats = Lines<float>;
+using Codes = Lines<int8_t>;
 
 template <class T>
 class Growable {

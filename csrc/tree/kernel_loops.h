@@ -485,6 +485,16 @@ unsigned classify(const float* volumes, int dim, const HalfSpace& half, const Fr
     return inside | (~(inside | outside) & 0xff) << kLanes;
 }
 
+unsigned reached(const float* blocks, const double* query, double threshold) {
+    unsigned found = 0;
+    for (int set = 0; set < 2; ++set, blocks += 4 * kLanes) {
+        const unsigned all = below(score_block<2>(blocks, 2, query), threshold) &
+                             below(score_block<2>(blocks + 2 * kLanes, 2, query), threshold);
+        found |= unsigned(all != 0xff) << set;
+    }
+    return found;
+}
+
 size_t spread(PackedHit* hits, size_t n, int shift, size_t words, uint64_t* seen, uint32_t* before, int64_t first_id,
               int64_t* ids, float* scores, PackedHit* rest) {
     size_t placed = n, left = 0;
@@ -588,6 +598,7 @@ const Kernels& table() {
                                  any_score,
                                  any_bounds,
                                  any_classify,
+                                 reached,
                                  spread};
     return kernels;
 }

@@ -81,6 +81,8 @@ struct Kernels {
                    double* high);
     // Bits of the volumes inside the half-space, and of those crossed by its boundary << 8.
     unsigned (*classify)(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame);
+    // In the plane: which of two sets of 16 points has one with a score that is not below the threshold, as bits.
+    unsigned (*reached)(const float* blocks, const double* query, double threshold);
     // One counting pass. The hits that are the first in their bucket (position >> shift) go to their places in the
     // order, as position + first_id and score, and come first in `hits`; the others go to `rest`. `seen` has `words`
     // zeros, a bit a bucket, and is left zero; `before` as many. Returns the size of `rest`.
