@@ -326,7 +326,7 @@ struct ConvexLayers::Walk {
     const Query* query;
     double threshold, angle, budget;
     double outside;  // a child with all corners of its fence below this is
-    Search wanted;
+    Search wanted, plain;  // without a screen
     Growable<PackedHit>* hits;
     int number;  // of the query in its tile
     bool scan;   // a scan is cheaper
@@ -344,7 +344,8 @@ void ConvexLayers::start(Walk& walk, const Query& query, double threshold, Growa
     // Between two sides of a fence a query is a sum of their directions with weights that are together at most 1.5 |q|.
     walk.outside = threshold - 1.5 * query.norm2 * fence_slack_;
     walk.budget = kScanShare * double(size()) * kKeyCost;
-    walk.wanted = search(query, threshold);
+    walk.wanted = walk.plain = search(query, threshold);
+    walk.plain.query32 = nullptr;
     walk.hits = &hits;
     walk.scan = false;
     walk.stage = Walk::kNode;
@@ -379,10 +380,13 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
     if (walk.stage == Walk::kLinks) {
         if (node.entries) walk.now.entry = follow(node, walk.now.entry, walk.angle);
         if (node.searched) {
-            walk.vertex = link(node, walk.now.entry).own % (node.end - node.begin);
-            const int64_t p = node.begin + walk.vertex;
-            __builtin_prefetch(blocks_.data() + p / kLanes * 2 * kLanes);
-            __builtin_prefetch(order_.data() + p);
+            walk.vertex = link(node, walk.now.entry).own;
+            if (walk.vertex == node.end - node.begin) walk.vertex = 0;
+            const int64_t block = (node.begin + walk.vertex) / kLanes;
+            for (int64_t near = block - 1; near <= block + 1; ++near)
+                __builtin_prefetch(blocks_.data() + near * 2 * kLanes);
+            __builtin_prefetch(order_.data() + (block - 1) * kLanes);
+            __builtin_prefetch(order_.data() + (block + 1) * kLanes);
             walk.stage = Walk::kVertices;
             return true;
         }
@@ -390,8 +394,7 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
         counters.scored += node.end - node.begin;
         walk.budget -= kNodeCost;
     } else {
-        const size_t found = walk_layer(walk, node, extreme(node, walk.vertex, *walk.query), counters);
-        if (found) open_children(walk, node);
+        if (report_layer(walk, node, counters)) open_children(walk, node);
         walk.budget -= 2 * kNodeCost;
     }
     walk.stage = Walk::kNode;
@@ -412,32 +415,40 @@ bool ConvexLayers::scan_layers(Walk& walk, const Node& node) const {
     return same;
 }
 
-// The run of reported vertices around the extreme one; returns how many.
-size_t ConvexLayers::walk_layer(Walk& walk, const Node& node, int64_t start, Counters& counters) const {
-    const int64_t n = node.end - node.begin;
-    const Query& query = *walk.query;
-    int64_t walked = 0;
-    const auto take = [&](int64_t position) {
-        const double found = score(position, query);
+// The reported vertices, a run around the extreme one; returns how many. Most runs lie within the blocks beside the
+// vertex that the angle says.
+int64_t ConvexLayers::report_layer(Walk& walk, const Node& node, Counters& counters) const {
+    const int64_t n = node.end - node.begin, near = (node.begin + walk.vertex) / kLanes * kLanes;
+    const int64_t begin = std::max(node.begin, near - kLanes), end = std::min(node.end, near + 2 * kLanes);
+    PackedHit* const hits = walk.hits->room(size_t(end - begin + kLanes));
+    const auto found = int64_t(kernels().scan(blocks_.data(), 2, begin, end, walk.plain, order_.data(), hits));
+    counters.scored += end - begin;
+    if (!found) {
+        const int64_t top = extreme(node, walk.vertex, *walk.query);
+        const int64_t right = walk_side(walk, node, top, 1, n, counters);
+        return right ? right + walk_side(walk, node, before(node, top), -1, n - right, counters) : 0;
+    }
+    walk.hits->added(size_t(found));
+    walk.budget -= kHitCost * double(found);
+    const int64_t outside = n - (end - begin), left = walk_side(walk, node, before(node, begin), -1, outside, counters);
+    return found + left + walk_side(walk, node, after(node, end - 1), 1, outside - left, counters);
+}
+
+// Reports vertices from `position` on to one side, at most so many, up to one outside.
+int64_t ConvexLayers::walk_side(Walk& walk, const Node& node, int64_t position, int step, int64_t most,
+                                Counters& counters) const {
+    for (int64_t walked = 0; walked < most; ++walked) {
+        const double found = score(position, *walk.query);
         ++counters.scored;
-        if (!(found >= walk.threshold)) return false;
+        if (!(found >= walk.threshold) || walk.budget < 0) return walked;
         const float rounded = float(found);
         uint32_t bits;
         __builtin_memcpy(&bits, &rounded, 4);
         walk.hits->push(uint64_t(uint32_t(order_[size_t(position)])) << 32 | bits);
         walk.budget -= kHitCost;
-        return ++walked, walk.budget >= 0;
-    };
-    if (!take(start)) return size_t(walked);
-    for (int64_t p = start;;) {
-        p = p + 1 == node.end ? node.begin : p + 1;
-        if (walked == n || !take(p)) break;
+        position = step > 0 ? after(node, position) : before(node, position);
     }
-    for (int64_t p = start;;) {
-        p = p == node.begin ? node.end - 1 : p - 1;
-        if (walked == n || !take(p)) break;
-    }
-    return size_t(walked);
+    return most;
 }
 
 void ConvexLayers::open_children(Walk& walk, const Node& node) const {
@@ -504,23 +515,21 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
             const int64_t n = node.end - node.begin;
             int64_t left = extreme(node, link(node, visit.entry).own % n, query), right = left;
             high = score(left, query);
-            const auto before = [&](int64_t p) { return p == node.begin ? node.end - 1 : p - 1; };
-            const auto after = [&](int64_t p) { return p + 1 == node.end ? node.begin : p + 1; };
             const auto offer = [&](int64_t p) {
                 const int64_t position = order_[size_t(p)];
                 if (!dead(position)) best.offer(score(p, query), id(position));
             };
             offer(left);
-            double on_left = score(before(left), query), on_right = score(after(right), query);
+            double on_left = score(before(node, left), query), on_right = score(after(node, right), query);
             for (int64_t walked = 1; walked < n; ++walked) {
                 ++counters.scored;
                 if (std::max(on_left, on_right) < best.threshold()) break;
                 if (on_left > on_right) {
-                    offer(left = before(left));
-                    on_left = score(before(left), query);
+                    offer(left = before(node, left));
+                    on_left = score(before(node, left), query);
                 } else {
-                    offer(right = after(right));
-                    on_right = score(after(right), query);
+                    offer(right = after(node, right));
+                    on_right = score(after(node, right), query);
                 }
             }
         }

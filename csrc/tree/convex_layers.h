@@ -58,7 +58,11 @@ private:
     bool step(Walk& walk, Counters& counters) const;  // false: at its end
     void open_children(Walk& walk, const Node& node) const;
     bool scan_layers(Walk& walk, const Node& node) const;
-    size_t walk_layer(Walk& walk, const Node& node, int64_t start, Counters& counters) const;
+    int64_t report_layer(Walk& walk, const Node& node, Counters& counters) const;
+    int64_t walk_side(Walk& walk, const Node& node, int64_t position, int step, int64_t most, Counters& counters) const;
+    // Around a layer that is searched.
+    static int64_t before(const Node& node, int64_t p) { return p == node.begin ? node.end - 1 : p - 1; }
+    static int64_t after(const Node& node, int64_t p) { return p + 1 == node.end ? node.begin : p + 1; }
     int32_t locate(const Node& node, double angle) const;
     int32_t follow(const Node& child, int32_t entry, double angle) const;
     int64_t extreme(const Node& node, int64_t i, const Query& query) const;
