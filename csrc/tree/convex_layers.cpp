@@ -113,10 +113,10 @@ struct ConvexLayers::Builder {
         }
     }
 
-    // A polygon around the hull in `vertices`. Its sides touch the hull: the edges at the sharpest vertices, where cells
-    // are cut off, so that these are corners of the polygon too; and in directions that are spread by the lengths of
-    // edges as much as by the angles between them, so that neighbours differ by at most pi / 2. What the rounding of a
-    // corner loses is measured.
+    // A polygon around the hull in `vertices`. Its sides touch the hull: the edges at the sharpest vertices, where
+    // cells are cut off, so that these are corners of the polygon too; and in directions that are spread by the lengths
+    // of edges as much as by the angles between them, so that neighbours differ by at most pi / 2. What the rounding of
+    // a corner loses is measured.
     struct Fence {
         float corners[2 * kCorners];  // blocks of 8
         void set(int c, float x, float y) {
@@ -133,7 +133,7 @@ struct ConvexLayers::Builder {
         Fence fence;
         for (int c = 0; c < kCorners; ++c) fence.set(c, vertices[0].x, vertices[0].y);
         // Edge i leaves vertex i: its length, the direction of its outward normal, ascending, and the turn to the next.
-        std::vector<double> length(n), normal(n + 1), turn(n);
+        std::vector<double> length(n), normal(n), turn(n);
         double perimeter = 0;
         for (size_t i = 0; i < n; ++i) {
             const Point &a = vertices[i], &b = vertices[i + 1 == n ? 0 : i + 1];
@@ -143,8 +143,9 @@ struct ConvexLayers::Builder {
             if (i) normal[i] = std::max(normal[i], normal[i - 1]);
         }
         if (!(perimeter > 0)) return fence;
-        normal[n] = std::max(normal[0] + kTurn, normal[n - 1]);
-        for (size_t i = 0; i < n; ++i) turn[i] = normal[i + 1] - normal[i];
+        for (size_t i = 0; i < n; ++i)
+            turn[i] = std::max((i + 1 == n ? normal[0] + kTurn : normal[i + 1]) - normal[i], 0.0);
+        const std::vector<double> turns = turn;
         std::vector<double> sides;
         sides.reserve(kCorners + 1);
         for (int sharp = 0; sharp < kSharp; ++sharp) {
@@ -158,7 +159,7 @@ struct ConvexLayers::Builder {
         for (size_t i = 0; i < n; ++i) {
             for (passed += length[i] / perimeter; step < kSpread && step * 2.0 / kSpread <= passed; ++step)
                 sides.push_back(normal[i]);
-            const double share = (normal[i + 1] - normal[i]) / kTurn;
+            const double share = turns[i] / kTurn;
             for (; step < kSpread && step * 2.0 / kSpread <= passed + share; ++step)
                 sides.push_back(normal[i] + (step * 2.0 / kSpread - passed) * kTurn);
             passed += share;
@@ -189,7 +190,8 @@ struct ConvexLayers::Builder {
             const float px = float((support[i] * y[i + 1] - support[i + 1] * y[i]) * scale);
             const float py = float((support[i + 1] * x[i] - support[i] * x[i + 1]) * scale);
             if (!(std::fabs(double(px)) <= 4 * reach && std::fabs(double(py)) <= 4 * reach)) return unknown();
-            for (int side = i; side <= i + 1; ++side) here = std::max(here, support[side] - x[side] * px - y[side] * py);
+            for (int side = i; side <= i + 1; ++side)
+                here = std::max(here, support[side] - x[side] * px - y[side] * py);
             fence.set(c, px, py);
         }
         if (here > 0x1p-20 * reach) return unknown();
@@ -325,7 +327,7 @@ struct ConvexLayers::Walk {
     };
     const Query* query;
     double threshold, angle, budget;
-    double outside;  // a child with all corners of its fence below this is
+    double outside;        // a child with all corners of its fence below this is
     Search wanted, plain;  // without a screen
     Growable<PackedHit>* hits;
     int number;  // of the query in its tile

@@ -70,12 +70,12 @@ private:
     Link link(const Node& node, int32_t entry) const;
 
     Lines<Node> nodes_;
-    Floats blocks_;               // the points by node, in blocks of 8
-    Lines<int32_t> order_;  // position in the order of ids of each of them, -1 for padding
-    Floats fences_;               // corners of polygons around the children of each node, blocks of 8
-    double fence_slack_ = 0;      // by which a polygon may fall short, in any direction of length 1
-    Lines<double> angles_;  // the catalogues
-    Lines<Link> links_;     // one more a node than entries: below everything
+    Floats blocks_;           // the points by node, in blocks of 8
+    Lines<int32_t> order_;    // position in the order of ids of each of them, -1 for padding
+    Floats fences_;           // corners of polygons around the children of each node, blocks of 8
+    double fence_slack_ = 0;  // by which a polygon may fall short, in any direction of length 1
+    Lines<double> angles_;    // the catalogues
+    Lines<Link> links_;       // one more a node than entries: below everything
 };
 
 }  // namespace hsr::tree

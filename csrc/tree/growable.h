@@ -16,8 +16,8 @@
 
 namespace hsr::tree {
 
-// From kLarge bytes on memory is asked for in pages of 2 MiB: a search that jumps about in an index misses the cache, but
-// not the translation of addresses besides, and a report is not written to 512 pages that come one by one.
+// From kLarge bytes on memory is asked for in pages of 2 MiB: a search that jumps about in an index misses the cache,
+// but not the translation of addresses besides, and a report is not written to 512 pages that come one by one.
 constexpr size_t kHugePage = size_t(2) << 20, kLarge = 2 * kHugePage;
 inline void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
