@@ -10,9 +10,12 @@
 // angle in the layers of a node and of its children are linked (fractional cascading), so the only binary search
 // is at the root.
 //
+// Half of these nodes would be children without a reported point. A polygon of 16 corners around each child, its
+// fence, tells most of them without a look at the child: if all corners are outside so is the child.
+//
 // Everything is exact. Layers are built with an exact orientation test; a float64 score in the plane is the exact
 // score rounded once, which is monotone, so scores rise and fall along a layer as the exact ones do and the
-// largest score of a layer bounds what is inside it. No slack is needed.
+// largest score of a layer bounds what is inside it. No slack is needed but for fences, whose corners are rounded.
 #pragma once
 
 #include <cstdint>
