@@ -35,9 +35,14 @@ struct ConvexLayers::Builder {
     int32_t build(int64_t begin, int64_t end) {
         const int32_t index = int32_t(owner.nodes_.size());
         owner.nodes_.emplace_back();
+        fences.emplace_back();
         Node node;
         node.begin = node.inner = int64_t(owner.order_.size());
+        Fence fence;
         if (end - begin <= kLeaf) {
+            peel(begin, end);
+            std::fill(taken.begin() + begin, taken.begin() + end, uint8_t(0));
+            fence = enclose();
             for (int64_t i = begin; i < end; ++i) place(points[size_t(i)]);
             end = begin;
         }
@@ -45,6 +50,7 @@ struct ConvexLayers::Builder {
             const int64_t held = int64_t(owner.order_.size()) - node.begin;
             if (held >= kScanned * 3 / 4) break;
             peel(begin, end);
+            if (layer == 0) fence = enclose();
             const bool large = vertices.size() > size_t(kScanned);
             if (large && layer > 0) {  // a large layer has a node of its own
                 std::fill(taken.begin() + begin, taken.begin() + end, uint8_t(0));
@@ -64,6 +70,7 @@ struct ConvexLayers::Builder {
             if (middle < end) node.child[1] = build(middle, end);
         }
         owner.nodes_[size_t(index)] = node;
+        fences[size_t(index)] = fence;
         link(owner.nodes_[size_t(index)]);
         return index;
     }
@@ -104,6 +111,92 @@ struct ConvexLayers::Builder {
             vertices.push_back(p);
             taken[size_t(upper[i])] = 1;
         }
+    }
+
+    // A polygon around the hull in `vertices`. Its sides touch the hull: the edges at the sharpest vertices, where
+    // cells are cut off, so that these are corners of the polygon too; and in directions that are spread by the lengths
+    // of edges as much as by the angles between them, so that neighbours differ by at most pi / 2. What the rounding of
+    // a corner loses is measured.
+    struct Fence {
+        float corners[2 * kCorners];  // blocks of 8
+        void set(int c, float x, float y) {
+            corners[c / kLanes * 2 * kLanes + c % kLanes] = x;
+            corners[c / kLanes * 2 * kLanes + kLanes + c % kLanes] = y;
+        }
+    };
+    std::vector<Fence> fences;  // by node
+    double lost = 0;            // of a support function, by rounding
+    Fence enclose() {
+        constexpr double kTurn = 6.283185307179586, kSame = 1e-6;
+        constexpr int kSharp = 4, kSpread = kCorners - 2 * kSharp;
+        const size_t n = vertices.size();
+        Fence fence;
+        for (int c = 0; c < kCorners; ++c) fence.set(c, vertices[0].x, vertices[0].y);
+        // Edge i leaves vertex i: its length, the direction of its outward normal, ascending, and the turn to the next.
+        std::vector<double> length(n), normal(n), turn(n);
+        double perimeter = 0;
+        for (size_t i = 0; i < n; ++i) {
+            const Point &a = vertices[i], &b = vertices[i + 1 == n ? 0 : i + 1];
+            perimeter += length[i] = std::hypot(double(b.x) - a.x, double(b.y) - a.y);
+            normal[i] = std::atan2(double(a.x) - b.x, double(b.y) - a.y);
+            if (i && normal[i] < normal[i - 1] - kSame) normal[i] += kTurn;
+            if (i) normal[i] = std::max(normal[i], normal[i - 1]);
+        }
+        if (!(perimeter > 0)) return fence;
+        for (size_t i = 0; i < n; ++i)
+            turn[i] = std::max((i + 1 == n ? normal[0] + kTurn : normal[i + 1]) - normal[i], 0.0);
+        const std::vector<double> turns = turn;
+        std::vector<double> sides;
+        sides.reserve(kCorners + 1);
+        for (int sharp = 0; sharp < kSharp; ++sharp) {
+            const size_t i = size_t(std::max_element(turn.begin(), turn.end()) - turn.begin());
+            sides.push_back(normal[i]);
+            sides.push_back(i + 1 == n ? normal[0] : normal[i + 1]);
+            turn[i] = -1;
+        }
+        double passed = 0;
+        int step = 0;
+        for (size_t i = 0; i < n; ++i) {
+            for (passed += length[i] / perimeter; step < kSpread && step * 2.0 / kSpread <= passed; ++step)
+                sides.push_back(normal[i]);
+            const double share = turns[i] / kTurn;
+            for (; step < kSpread && step * 2.0 / kSpread <= passed + share; ++step)
+                sides.push_back(normal[i] + (step * 2.0 / kSpread - passed) * kTurn);
+            passed += share;
+        }
+        std::sort(sides.begin(), sides.end());
+        sides.erase(std::unique(sides.begin(), sides.end(), [](double a, double b) { return b - a < kSame; }),
+                    sides.end());
+        if (sides.back() > sides[0] + kTurn - kSame) sides.pop_back();
+        const int count = int(sides.size());
+        sides.push_back(sides[0] + kTurn);
+        const auto unknown = [&] {
+            for (int c = 0; c < kCorners; ++c) fence.set(c, std::nanf(""), std::nanf(""));
+            return fence;
+        };
+        const double reach = owner.largest();
+        double x[kCorners + 1], y[kCorners + 1], support[kCorners + 1], here = 0;
+        for (int c = 0; c < count; ++c) {
+            if (sides[size_t(c) + 1] - sides[size_t(c)] > kTurn / 4 + 1e-3) return unknown();
+            x[c] = std::cos(sides[size_t(c)]);
+            y[c] = std::sin(sides[size_t(c)]);
+            support[c] = -std::numeric_limits<double>::infinity();
+            for (const Point& p : vertices) support[c] = std::max(support[c], x[c] * p.x + y[c] * p.y);
+        }
+        x[count] = x[0], y[count] = y[0], support[count] = support[0];
+        for (int c = 0; c < kCorners; ++c) {
+            const int i = std::min(c, count - 1);
+            const double scale = 1 / (x[i] * y[i + 1] - x[i + 1] * y[i]);
+            const float px = float((support[i] * y[i + 1] - support[i + 1] * y[i]) * scale);
+            const float py = float((support[i + 1] * x[i] - support[i] * x[i + 1]) * scale);
+            if (!(std::fabs(double(px)) <= 4 * reach && std::fabs(double(py)) <= 4 * reach)) return unknown();
+            for (int side = i; side <= i + 1; ++side)
+                here = std::max(here, support[side] - x[side] * px - y[side] * py);
+            fence.set(c, px, py);
+        }
+        if (here > 0x1p-20 * reach) return unknown();
+        lost = std::max(lost, here);
+        return fence;
     }
 
     int64_t remove(int64_t begin, int64_t end) {
@@ -178,6 +271,13 @@ ConvexLayers::ConvexLayers(int64_t size, const float* keys, const int64_t* ids) 
         for (size_t j = 0; j < 2; ++j)
             blocks_[p / kLanes * 2 * kLanes + j * kLanes + p % kLanes] = builder.placed[2 * p + j];
     }
+    fences_.assign(nodes_.size() * kFences, 0);
+    for (size_t i = 0; i < nodes_.size(); ++i)
+        for (size_t c = 0; c < 2; ++c)
+            if (nodes_[i].child[c] >= 0)
+                std::copy_n(builder.fences[size_t(nodes_[i].child[c])].corners, 2 * kCorners,
+                            fences_.data() + i * kFences + c * 2 * kCorners);
+    fence_slack_ = builder.lost + 64 * kUnit * largest();
 }
 
 double ConvexLayers::score(int64_t position, const Query& query) const {
@@ -227,7 +327,8 @@ struct ConvexLayers::Walk {
     };
     const Query* query;
     double threshold, angle, budget;
-    Search wanted;
+    double outside;        // a child with all corners of its fence below this is
+    Search wanted, plain;  // without a screen
     Growable<PackedHit>* hits;
     int number;  // of the query in its tile
     bool scan;   // a scan is cheaper
@@ -242,8 +343,11 @@ void ConvexLayers::start(Walk& walk, const Query& query, double threshold, Growa
     hits.clear();
     walk.query = &query;
     walk.threshold = threshold;
+    // Between two sides of a fence a query is a sum of their directions with weights that are together at most 1.5 |q|.
+    walk.outside = threshold - 1.5 * query.norm2 * fence_slack_;
     walk.budget = kScanShare * double(size()) * kKeyCost;
-    walk.wanted = search(query, threshold);
+    walk.wanted = walk.plain = search(query, threshold);
+    walk.plain.query32 = nullptr;
     walk.hits = &hits;
     walk.scan = false;
     walk.stage = Walk::kNode;
@@ -260,6 +364,8 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
         walk.now = walk.stack[--walk.top];
         const Node& node = nodes_[size_t(walk.now.node)];
         ++counters.nodes;
+        const float* const fences = fences_.data() + size_t(walk.now.node) * kFences;
+        for (size_t line = 0; line < kFences; line += kLine) __builtin_prefetch(fences + line);
         if (node.entries) {
             __builtin_prefetch(angles_.data() + node.catalogue + walk.now.entry);
             __builtin_prefetch(links_.data() + node.catalogue + walk.now.entry);
@@ -276,10 +382,13 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
     if (walk.stage == Walk::kLinks) {
         if (node.entries) walk.now.entry = follow(node, walk.now.entry, walk.angle);
         if (node.searched) {
-            walk.vertex = link(node, walk.now.entry).own % (node.end - node.begin);
-            const int64_t p = node.begin + walk.vertex;
-            __builtin_prefetch(blocks_.data() + p / kLanes * 2 * kLanes);
-            __builtin_prefetch(order_.data() + p);
+            walk.vertex = link(node, walk.now.entry).own;
+            if (walk.vertex == node.end - node.begin) walk.vertex = 0;
+            const int64_t block = (node.begin + walk.vertex) / kLanes;
+            for (int64_t near = block - 1; near <= block + 1; ++near)
+                __builtin_prefetch(blocks_.data() + near * 2 * kLanes);
+            __builtin_prefetch(order_.data() + (block - 1) * kLanes);
+            __builtin_prefetch(order_.data() + (block + 1) * kLanes);
             walk.stage = Walk::kVertices;
             return true;
         }
@@ -287,8 +396,7 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
         counters.scored += node.end - node.begin;
         walk.budget -= kNodeCost;
     } else {
-        const size_t found = walk_layer(walk, node, extreme(node, walk.vertex, *walk.query), counters);
-        if (found) open_children(walk, node);
+        if (report_layer(walk, node, counters)) open_children(walk, node);
         walk.budget -= 2 * kNodeCost;
     }
     walk.stage = Walk::kNode;
@@ -309,38 +417,48 @@ bool ConvexLayers::scan_layers(Walk& walk, const Node& node) const {
     return same;
 }
 
-// The run of reported vertices around the extreme one; returns how many.
-size_t ConvexLayers::walk_layer(Walk& walk, const Node& node, int64_t start, Counters& counters) const {
-    const int64_t n = node.end - node.begin;
-    const Query& query = *walk.query;
-    int64_t walked = 0;
-    const auto take = [&](int64_t position) {
-        const double found = score(position, query);
+// The reported vertices, a run around the extreme one; returns how many. Most runs lie within the blocks beside the
+// vertex that the angle says.
+int64_t ConvexLayers::report_layer(Walk& walk, const Node& node, Counters& counters) const {
+    const int64_t n = node.end - node.begin, near = (node.begin + walk.vertex) / kLanes * kLanes;
+    const int64_t begin = std::max(node.begin, near - kLanes), end = std::min(node.end, near + 2 * kLanes);
+    PackedHit* const hits = walk.hits->room(size_t(end - begin + kLanes));
+    const auto found = int64_t(kernels().scan(blocks_.data(), 2, begin, end, walk.plain, order_.data(), hits));
+    counters.scored += end - begin;
+    if (!found) {
+        const int64_t top = extreme(node, walk.vertex, *walk.query);
+        const int64_t right = walk_side(walk, node, top, 1, n, counters);
+        return right ? right + walk_side(walk, node, before(node, top), -1, n - right, counters) : 0;
+    }
+    walk.hits->added(size_t(found));
+    walk.budget -= kHitCost * double(found);
+    const int64_t outside = n - (end - begin), left = walk_side(walk, node, before(node, begin), -1, outside, counters);
+    return found + left + walk_side(walk, node, after(node, end - 1), 1, outside - left, counters);
+}
+
+// Reports vertices from `position` on to one side, at most so many, up to one outside.
+int64_t ConvexLayers::walk_side(Walk& walk, const Node& node, int64_t position, int step, int64_t most,
+                                Counters& counters) const {
+    for (int64_t walked = 0; walked < most; ++walked) {
+        const double found = score(position, *walk.query);
         ++counters.scored;
-        if (!(found >= walk.threshold)) return false;
+        if (!(found >= walk.threshold) || walk.budget < 0) return walked;
         const float rounded = float(found);
         uint32_t bits;
         __builtin_memcpy(&bits, &rounded, 4);
         walk.hits->push(uint64_t(uint32_t(order_[size_t(position)])) << 32 | bits);
         walk.budget -= kHitCost;
-        return ++walked, walk.budget >= 0;
-    };
-    if (!take(start)) return size_t(walked);
-    for (int64_t p = start;;) {
-        p = p + 1 == node.end ? node.begin : p + 1;
-        if (walked == n || !take(p)) break;
+        position = step > 0 ? after(node, position) : before(node, position);
     }
-    for (int64_t p = start;;) {
-        p = p == node.begin ? node.end - 1 : p - 1;
-        if (walked == n || !take(p)) break;
-    }
-    return size_t(walked);
+    return most;
 }
 
 void ConvexLayers::open_children(Walk& walk, const Node& node) const {
     const Link below = node.entries ? link(node, walk.now.entry) : Link{0, {0, 0}};
+    const unsigned reached =
+        kernels().reached(fences_.data() + size_t(walk.now.node) * kFences, walk.query->q.data(), walk.outside);
     for (int c = 0; c < 2; ++c) {
-        if (node.child[c] < 0) continue;
+        if (node.child[c] < 0 || !(reached >> c & 1)) continue;
         __builtin_prefetch(nodes_.data() + node.child[c]);
         walk.stack[walk.top++] = {node.child[c], below.child[c]};
     }
@@ -399,23 +517,21 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
             const int64_t n = node.end - node.begin;
             int64_t left = extreme(node, link(node, visit.entry).own % n, query), right = left;
             high = score(left, query);
-            const auto before = [&](int64_t p) { return p == node.begin ? node.end - 1 : p - 1; };
-            const auto after = [&](int64_t p) { return p + 1 == node.end ? node.begin : p + 1; };
             const auto offer = [&](int64_t p) {
                 const int64_t position = order_[size_t(p)];
                 if (!dead(position)) best.offer(score(p, query), id(position));
             };
             offer(left);
-            double on_left = score(before(left), query), on_right = score(after(right), query);
+            double on_left = score(before(node, left), query), on_right = score(after(node, right), query);
             for (int64_t walked = 1; walked < n; ++walked) {
                 ++counters.scored;
                 if (std::max(on_left, on_right) < best.threshold()) break;
                 if (on_left > on_right) {
-                    offer(left = before(left));
-                    on_left = score(before(left), query);
+                    offer(left = before(node, left));
+                    on_left = score(before(node, left), query);
                 } else {
-                    offer(right = after(right));
-                    on_right = score(after(right), query);
+                    offer(right = after(node, right));
+                    on_right = score(after(node, right), query);
                 }
             }
         }
@@ -432,7 +548,7 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
 int64_t ConvexLayers::nbytes() const {
     return StaticIndex::nbytes() +
            int64_t(nodes_.size() * sizeof(Node) + blocks_.size() * sizeof(float) + order_.size() * sizeof(int32_t) +
-                   angles_.size() * sizeof(double) + links_.size() * sizeof(Link));
+                   fences_.size() * sizeof(float) + angles_.size() * sizeof(double) + links_.size() * sizeof(Link));
 }
 
 }  // namespace hsr::tree

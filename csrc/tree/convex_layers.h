@@ -10,9 +10,12 @@
 // angle in the layers of a node and of its children are linked (fractional cascading), so the only binary search
 // is at the root.
 //
+// Half of these nodes would be children without a reported point. A polygon of 16 corners around each child, its
+// fence, tells most of them without a look at the child: if all corners are outside so is the child.
+//
 // Everything is exact. Layers are built with an exact orientation test; a float64 score in the plane is the exact
 // score rounded once, which is monotone, so scores rise and fall along a layer as the exact ones do and the
-// largest score of a layer bounds what is inside it. No slack is needed.
+// largest score of a layer bounds what is inside it. No slack is needed but for fences, whose corners are rounded.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +52,8 @@ private:
     struct Link {
         int32_t own, child[2];  // entries below this one in the layer and in the children's catalogues
     };
+    static constexpr int kCorners = 2 * kLanes;      // of a fence
+    static constexpr size_t kFences = 4 * kCorners;  // floats of the fences of two children
     struct Builder;
     struct Walk;
 
@@ -56,18 +61,24 @@ private:
     bool step(Walk& walk, Counters& counters) const;  // false: at its end
     void open_children(Walk& walk, const Node& node) const;
     bool scan_layers(Walk& walk, const Node& node) const;
-    size_t walk_layer(Walk& walk, const Node& node, int64_t start, Counters& counters) const;
+    int64_t report_layer(Walk& walk, const Node& node, Counters& counters) const;
+    int64_t walk_side(Walk& walk, const Node& node, int64_t position, int step, int64_t most, Counters& counters) const;
+    // Around a layer that is searched.
+    static int64_t before(const Node& node, int64_t p) { return p == node.begin ? node.end - 1 : p - 1; }
+    static int64_t after(const Node& node, int64_t p) { return p + 1 == node.end ? node.begin : p + 1; }
     int32_t locate(const Node& node, double angle) const;
     int32_t follow(const Node& child, int32_t entry, double angle) const;
     int64_t extreme(const Node& node, int64_t i, const Query& query) const;
     double score(int64_t position, const Query& query) const;
     Link link(const Node& node, int32_t entry) const;
 
-    std::vector<Node> nodes_;
-    Floats blocks_;               // the points by node, in blocks of 8
-    std::vector<int32_t> order_;  // position in the order of ids of each of them, -1 for padding
-    std::vector<double> angles_;  // the catalogues
-    std::vector<Link> links_;     // one more a node than entries: below everything
+    Lines<Node> nodes_;
+    Floats blocks_;           // the points by node, in blocks of 8
+    Lines<int32_t> order_;    // position in the order of ids of each of them, -1 for padding
+    Floats fences_;           // corners of polygons around the children of each node, blocks of 8
+    double fence_slack_ = 0;  // by which a polygon may fall short, in any direction of length 1
+    Lines<double> angles_;    // the catalogues
+    Lines<Link> links_;       // one more a node than entries: below everything
 };
 
 }  // namespace hsr::tree

@@ -114,6 +114,7 @@ struct Bench {
             for (int i = 0; i < size; ++i) {
                 Gathered& each = gathered[part * kTile + size_t(i)];
                 each.scan = false;
+                each.expected = 0;
                 each.hits.clear();
             }
     }
@@ -134,10 +135,15 @@ Report Forest::report(const float* queries, int64_t count, const double* thresho
             }
             bench.clear(parts, tile.size);
             const Which all = ~Which(0) >> (kTile - tile.size);
-            size_t at = 0;
+            size_t at = 0, expected = 0;
             for_parts([&](const StaticIndex& part) {
-                part.gather(tile, all, bench.gathered.data() + kTile * at++, rows.counters);
+                Gathered* const gathered = bench.gathered.data() + kTile * at++;
+                part.gather(tile, all, gathered, rows.counters);
+                for (int i = 0; i < tile.size; ++i)
+                    expected += gathered[i].scan ? size_t(gathered[i].expected) : gathered[i].hits.size();
             });
+            rows.ids.room(expected + expected / 8);
+            rows.scores.room(expected + expected / 8);
             for (int i = 0; i < tile.size; ++i) {
                 at = 0;
                 for_parts([&](const StaticIndex& part) {

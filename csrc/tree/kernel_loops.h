@@ -230,6 +230,16 @@ alignas(32) constexpr int32_t kPacking[16][8] = {
     _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(packed, lanes));
     return size_t(__builtin_popcount(mask));
 }
+// Appends the ids and scores of a mask; writes four, says how many count.
+[[gnu::always_inline]] inline size_t append_row4(int64_t first, const f64x4& scores, unsigned mask, int64_t* ids,
+                                                 float* scores_out) {
+    int32_t packed;
+    __builtin_memcpy(&packed, kNumbers[mask], 4);
+    const __m128i lanes = _mm_cvtsi32_si128(packed);
+    _mm256_storeu_si256((__m256i*)ids, _mm256_add_epi64(_mm256_cvtepu8_epi64(lanes), _mm256_set1_epi64x(first)));
+    _mm_storeu_ps(scores_out, _mm_permutevar_ps(_mm256_cvtpd_ps((__m256d)scores), _mm_cvtepu8_epi32(lanes)));
+    return size_t(__builtin_popcount(mask));
+}
 [[gnu::always_inline]] inline size_t pack_hits(int64_t first, const f64x8& scores, unsigned mask, const int32_t* ids,
                                                PackedHit* out) {
     const size_t found = pack4(first, scores.low, mask & 15, ids, out);
@@ -277,6 +287,9 @@ size_t scan_rows(const float* blocks, int dim, int64_t begin, int64_t end, const
         _mm512_mask_compressstoreu_epi64(ids + found, __mmask8(mask), id);
         _mm256_mask_compressstoreu_ps(scores_out + found, __mmask8(mask), _mm512_cvtpd_ps((__m512d)scores));
         found += size_t(__builtin_popcount(mask));
+#elif defined(__AVX2__)
+        found += append_row4(first_id + first, scores.low, mask & 15, ids + found, scores_out + found);
+        found += append_row4(first_id + first + 4, scores.high, mask >> 4, ids + found, scores_out + found);
 #else
         double lanes[kLanes];
         if (mask) store(lanes, scores);
@@ -472,6 +485,16 @@ unsigned classify(const float* volumes, int dim, const HalfSpace& half, const Fr
     return inside | (~(inside | outside) & 0xff) << kLanes;
 }
 
+unsigned reached(const float* blocks, const double* query, double threshold) {
+    unsigned found = 0;
+    for (int set = 0; set < 2; ++set, blocks += 4 * kLanes) {
+        const unsigned all = below(score_block<2>(blocks, 2, query), threshold) &
+                             below(score_block<2>(blocks + 2 * kLanes, 2, query), threshold);
+        found |= unsigned(all != 0xff) << set;
+    }
+    return found;
+}
+
 size_t spread(PackedHit* hits, size_t n, int shift, size_t words, uint64_t* seen, uint32_t* before, int64_t first_id,
               int64_t* ids, float* scores, PackedHit* rest) {
     size_t placed = n, left = 0;
@@ -575,6 +598,7 @@ const Kernels& table() {
                                  any_score,
                                  any_bounds,
                                  any_classify,
+                                 reached,
                                  spread};
     return kernels;
 }

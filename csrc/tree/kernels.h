@@ -59,7 +59,7 @@ struct Kernels {
     // (ids ? ids[p] : p); returns how many. `hits` has room for end - begin + 8, and `ids` is whole blocks long.
     size_t (*scan)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search, const int32_t* ids,
                    PackedHit* hits);
-    // The same with the position + first_id and the score in two arrays.
+    // The same with the position + first_id and the score in two arrays, each with room for end - begin + 8.
     size_t (*scan_rows)(const float* blocks, int dim, int64_t begin, int64_t end, const Search& search,
                         int64_t first_id, int64_t* ids, float* scores);
     // Codes of 8 bits, code_j + 0.5 = 127.5 (y_j - centre_j) / half_width_j but for rounding, stand in runs of 32 keys,
@@ -81,6 +81,8 @@ struct Kernels {
                    double* high);
     // Bits of the volumes inside the half-space, and of those crossed by its boundary << 8.
     unsigned (*classify)(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame);
+    // In the plane: which of two sets of 16 points has one with a score that is not below the threshold, as bits.
+    unsigned (*reached)(const float* blocks, const double* query, double threshold);
     // One counting pass. The hits that are the first in their bucket (position >> shift) go to their places in the
     // order, as position + first_id and score, and come first in `hits`; the others go to `rest`. `seen` has `words`
     // zeros, a bit a bucket, and is left zero; `before` as many. Returns the size of `rest`.

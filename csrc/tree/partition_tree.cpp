@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <queue>
+#include <random>
 
 #include "threads.h"
 
@@ -302,7 +303,12 @@ PartitionTree::PartitionTree(int dim, int64_t size, const float* keys, const int
     // u M |q|_1 16 sqrt(d) (d + 2).
     if (size >= 16 * kSample) {
         std::vector<int32_t> spread;
-        for (int64_t i = 0; i < kSample; ++i) spread.push_back(int32_t(i * size / kSample));
+        // One of each of kSample runs, not always the same of a run: keys may come in a period.
+        std::minstd_rand draw(1);
+        for (int64_t i = 0; i < kSample; ++i) {
+            const int64_t first = i * size / kSample, last = (i + 1) * size / kSample;
+            spread.push_back(int32_t(first + int64_t(draw()) % (last - first)));
+        }
         sample_ = blocked(dim, keys, spread.data(), kSample);
     }
     double reach = largest();
@@ -399,6 +405,7 @@ struct PartitionTree::Walk {
         View view;
         Search wanted, everything;
         double spent;
+        int32_t scanned_from;  // of a query that is behind: the keys it has not seen
     };
     // Blocks of keys on their way, that the codes left open for a query.
     struct Opened {
@@ -526,7 +533,7 @@ struct PartitionTree::Walk {
                 Member& member = members[query];
                 if (member.spent > pace * node.begin[0]) {
                     scanning |= rest & -rest;
-                    take(query, node.begin[0], int32_t(tree.size()), false);
+                    member.scanned_from = node.begin[0];
                     continue;
                 }
                 const unsigned found = tree.classify(loops, index, member.view.half);
@@ -560,6 +567,24 @@ struct PartitionTree::Walk {
         }
         while (first != next) read();
         while (first_opened != next_opened) read_opened();
+        if (scanning) scan_rest(scanning);
+    }
+    // Chunk by chunk, so that the queries share what is read.
+    void scan_rest(Which which) {
+        constexpr int32_t kChunk = 1024;
+        const int32_t size = int32_t(tree.size());
+        int32_t begin = size;
+        for (Which rest = which; rest; rest &= rest - 1)
+            begin = std::min(begin, members[__builtin_ctzll(rest)].scanned_from);
+        for (; begin < size; begin = begin / kChunk * kChunk + kChunk) {
+            const int32_t end = std::min(size, begin / kChunk * kChunk + kChunk);
+            for (Which rest = which; rest; rest &= rest - 1) {
+                const int query = __builtin_ctzll(rest);
+                const int32_t from = std::max(begin, members[query].scanned_from);
+                if (from < end) read_keys({from, end, query, false, -1, 0});
+                counters.scored += std::max(0, end - from);
+            }
+        }
     }
 };
 
@@ -573,8 +598,10 @@ void PartitionTree::walk(const Tile& tile, Which which, Gathered* gathered, Coun
         member.wanted = search(query, tile.thresholds[i]);
         member.everything = search(query, -std::numeric_limits<double>::infinity());
         gathered[i].hits.clear();
-        gathered[i].scan =
-            !always && size() >= 16 * kSample && loops.count(sample_.data(), dim(), 0, kSample, member.wanted) >= kDeep;
+        const bool sampled = !always && size() >= 16 * kSample;
+        const int64_t found = sampled ? loops.count(sample_.data(), dim(), 0, kSample, member.wanted) : 0;
+        gathered[i].scan = found >= kDeep;
+        gathered[i].expected = found * size() / kSample;
         if (gathered[i].scan)
             which &= ~(rest & -rest);
         else

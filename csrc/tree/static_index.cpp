@@ -192,12 +192,17 @@ void StaticIndex::scan_all(const Search& wanted, Rows& rows) const {
 
 void StaticIndex::scan(const Search& search, int64_t from, int64_t to, Rows& rows) const {
     constexpr int64_t kChunk = 4096;
+    constexpr int64_t kDense = 8;  // keys a hit: with more hits a screen lets most blocks through
+    Search bare = search;
+    bare.query32 = nullptr;
+    bool dense = false;
     for (int64_t begin = from; begin < to; begin += kChunk) {
         const int64_t end = std::min(to, begin + kChunk);
-        int64_t* ids = rows.ids.room(kChunk);
-        float* scores = rows.scores.room(kChunk);
-        size_t found =
-            kernels().scan_rows(blocks_.data(), dim_, begin, end, search, contiguous_ ? first_id_ : 0, ids, scores);
+        int64_t* ids = rows.ids.room(kChunk + kLanes);
+        float* scores = rows.scores.room(kChunk + kLanes);
+        size_t found = kernels().scan_rows(blocks_.data(), dim_, begin, end, dense ? bare : search,
+                                           contiguous_ ? first_id_ : 0, ids, scores);
+        dense = int64_t(found) * kDense > end - begin;
         if (!contiguous_ || any_dead()) {
             size_t kept = 0;
             for (size_t i = 0; i < found; ++i) {

@@ -51,10 +51,11 @@ struct Tile {
     double thresholds[kTile];
 };
 // What a structure found for one query: the positions in the half-space in any order, deleted ones included, or
-// that a scan is cheaper.
+// that a scan is cheaper, and about how many keys it will report (0 if nobody knows).
 struct Gathered {
     Growable<PackedHit> hits;
     bool scan = false;
+    int64_t expected = 0;
 };
 
 // The r best keys so far: larger scores first, among equal scores lower ids. A quarter more than r are held

@@ -312,6 +312,40 @@ def test_convex_layers_visit_few_nodes():
             assert work.nodes_visited <= 2 * work.reported + 40
 
 
+def test_convex_layers_leave_out_children_without_a_reported_key():
+    """Half of the nodes would be such children, and are told from the polygon around them."""
+    rng = np.random.default_rng(9)
+    for geometry in ("uniform", "sphere", "gaussian", "clusters"):
+        keys = make_keys(rng, 200_000, 2, geometry)
+        index = ConvexLayersIndex(keys)
+        queries = rng.normal(size=(20, 2)).astype(np.float32)
+        table = scores(queries, keys)
+        for k in (1, 100, 3000):
+            limits = np.sort(table, axis=1)[:, -k]
+            report, counts = index.report(queries, limits), index.count(queries, limits)
+            for i, (found, _) in enumerate(report):
+                np.testing.assert_array_equal(found, np.flatnonzero(table[i] >= limits[i]))
+                assert counts[i] == len(found)
+            assert k != 100 or report.work.nodes_visited <= 8 * len(queries)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.01])
+def test_a_layer_that_is_reported_nearly_whole(share):
+    """The run of reported vertices goes around the end of its layer, and nearly meets itself."""
+    turn = np.linspace(0, 2 * np.pi, 2000, endpoint=False)
+    keys = np.column_stack([np.cos(turn), np.sin(turn)]).astype(np.float32)
+    keys = np.concatenate([keys, 0.1 * np.random.default_rng(3).normal(size=(30_000, 2))])
+    keys = keys.astype(np.float32)
+    index = ConvexLayersIndex(keys)
+    queries = np.column_stack([np.cos(turn[::37]), np.sin(turn[::37])]).astype(np.float32)
+    table = scores(queries, keys)
+    limits = np.quantile(table[:, :2000], 1 - share, axis=1)
+    report, counts = index.report(queries, limits), index.count(queries, limits)
+    for i, (found, _) in enumerate(report):
+        np.testing.assert_array_equal(found, np.flatnonzero(table[i] >= limits[i]))
+        assert counts[i] == len(found)
+
+
 @pytest.mark.parametrize("d", [2, 3, 4])
 def test_partition_tree_scores_few_keys(d):
     rng = np.random.default_rng(6)
@@ -333,6 +367,37 @@ def test_partition_tree_never_works_much_harder_than_a_scan():
         for k in (1, 300, 3000, 15_000, 30_000):
             work = index.report(queries, table[:, -k]).work
             assert work.full_scored <= 1.15 * 10 * 30_000
+
+
+def test_partition_tree_is_not_fooled_by_a_period():
+    """Each 256th part of the keys begins with one in the half-space, and few others are in it."""
+    rng = np.random.default_rng(8)
+    keys = rng.normal(size=(51_200, 4))
+    keys[::200, 0] = 10
+    keys = keys.astype(np.float32)
+    queries = np.tile(np.float32([1, 0, 0, 0]), (5, 1))
+    report = PartitionTreeIndex(keys).report(queries, 6.0)
+    for found, _ in report:
+        np.testing.assert_array_equal(found, np.arange(0, 51_200, 200))
+    assert report.work.full_scored < 0.1 * 5 * 51_200
+
+
+def test_queries_that_fall_behind_scan_the_rest_together():
+    """Flat sets across each other: their cells are crossed, though few keys are reported."""
+    rng = np.random.default_rng(10)
+    keys, normals = rng.normal(size=(60_000, 8)), rng.normal(size=(2, 8))
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    for half, normal in zip((keys[::2], keys[1::2]), normals, strict=True):
+        half -= 0.999 * np.outer(half @ normal, normal)
+    keys[1::2] -= 3 * normals[0]
+    keys = keys.astype(np.float32)
+    queries = (normals[0] + 1e-4 * rng.normal(size=(70, 8))).astype(np.float32)
+    table = scores(queries, keys)
+    for k in (60, 600, 3000):
+        limits = np.sort(table, axis=1)[:, -k]
+        report = PartitionTreeIndex(keys).report(queries, limits)
+        for i, (found, _) in enumerate(report):
+            np.testing.assert_array_equal(found, np.flatnonzero(table[i] >= limits[i]))
 
 
 def test_cuttings_have_levels_and_use_them():
