@@ -144,7 +144,8 @@ constexpr int kTurnPairs = 8;
 using Words = Vector<int16_t, 16>;
 struct DigitStarts {
     // Of `pairs` pairs of fours; the list is padded with zeros to a multiple of 16 digits.
-    DigitStarts(const int8_t* digits, int pairs) {
+    // Not inlined: GCC 12 would take what a turn reads for uninitialised.
+    [[gnu::noinline]] DigitStarts(const int8_t* digits, int pairs) {
         for (int turn = 0; turn * kTurnPairs < pairs; ++turn) {
             const int last = pairs < (turn + 1) * kTurnPairs ? pairs : (turn + 1) * kTurnPairs;
             __m128i sums = _mm_setzero_si128();
@@ -164,7 +165,8 @@ struct DigitStarts {
     int32_t total() const { return sum; }  // what all sums of nibbles start at, together
 
 private:
-    int32_t own[kMaxHeadDim / (8 * kTurnPairs)] = {}, sum = 0;
+    int32_t own[kMaxHeadDim / (8 * kTurnPairs)];
+    int32_t sum = 0;
 };
 inline Words started(int32_t start) { return (Words)_mm256_set1_epi32(start); }
 inline Words dot2(Words sum, Bytes nibbles, int32_t digits) {
