@@ -56,7 +56,9 @@ void Attend::prepare_wave(size_t first, size_t count, size_t tiles_per_head, siz
         tile.by_block = by_block && tile.scan == Scan::four;
         tile.fused = all_seen && relu() && tile.scan == Scan::four;
         // With block masses only the keys left out after refinement are guessed from the sample.
-        tile.sample_step = std::max<size_t>(1, tile.blocks / (tile.by_block ? kSampleBlocks : 4 * kSampleBlocks));
+        const size_t sampled =
+            tile.by_block ? std::clamp(tile.blocks / kSampleStep, kFewestSampled, kMostSampled) : 4 * kFewestSampled;
+        tile.sample_step = std::max<size_t>(1, tile.blocks / sampled);
     }
     chunks_of_wave_.clear();
     for (size_t t = 0; t < count; ++t) {

@@ -16,7 +16,8 @@ constexpr size_t kChunkBlocks = 128;  // 2,048 keys: their estimates fit the fir
 constexpr size_t kChunkKeys = kChunkBlocks * kBlock;
 constexpr size_t kFewChunks = 32;              // with fewer chunks than this, threads are kept busier by half chunks
 constexpr size_t kWorkspaceFloats = 4u << 20;  // estimates alive at once: 16 MiB
-constexpr size_t kSampleBlocks = 64;           // read to guess where epsilon of the mass is reached
+// Of the blocks, every kSampleStep-th is read to guess where epsilon of the mass is reached; within these numbers.
+constexpr size_t kSampleStep = 32, kFewestSampled = 64, kMostSampled = 128;
 
 // A band of 4-bit estimates above this many nats decides little: scan both planes at once.
 constexpr double kWideBand = 6.0;
@@ -25,6 +26,8 @@ constexpr double kWideBand = 6.0;
 constexpr double kWideBandOfBlocks = 12.0;
 // A block is refined when its 16 keys together may weigh as much as this many keys at the threshold.
 constexpr float kBlockWeight = 8.0f;
+// A block that may hold this share of all upper masses is refined before the thresholds are chosen: at most 128 blocks.
+constexpr double kHeavyShare = 1.0 / 128;
 // Of a float32 weight exp(x), relative: 2e-7 (1 + |x|), and x lies between -87, below which it is 0, and the band.
 constexpr double kFloatWeight = 2e-5;
 // Weights are taken relative to the largest estimate; a true logit may exceed it by the band, and
@@ -159,6 +162,7 @@ private:
     // ---- choose: thresholds of each query (choose_stage.cpp)
     void choose(Tile& tile);
     void choose(Tile& tile, int q);
+    double refined_mass(const Tile& tile, int q) const;
     static float mass_from(const Tile& tile, int q, float threshold);
     float tail_threshold(Tile& tile, int q);
     void away_from_upper(const Tile& tile, int q, size_t block, size_t count, float sign, const float* uppers,

@@ -26,7 +26,8 @@ inline Bytes high_nibbles(Bytes x) { return low_nibbles(as<Bytes>(as<Shifted>(x)
 inline Bytes raised(Bytes nibbles) { return as<Bytes>(as<Shifted>(nibbles) << 4); }
 
 // PlaneCodes: a register of one plane of the key codes, its low nibbles and its high ones, for PlaneSum; ByteCodes:
-// codes of 8 bits, for ByteSum. A sum takes at most kMost additions before `settle` is called.
+// codes of 8 bits, for ByteSum. A sum takes the products of at most kTurnPairs pairs of four digits between `begin`,
+// which is told where DigitStarts has it start, and `settle`.
 
 #if defined(HSR_AVX512) || defined(__AVXVNNI__) || !defined(__AVX2__)
 
@@ -72,9 +73,15 @@ struct PlaneCodes {
     // High nibbles stay in place, 16 times too large: that saves a shift for each register.
     explicit PlaneCodes(Bytes x) : first(low_nibbles(x)), second(x & (uint8_t)0xf0) {}
 };
+constexpr int kTurnPairs = 1 << 30;
+struct DigitStarts {  // from 0
+    DigitStarts(const int8_t*, int) {}
+    int32_t of_turn(int) const { return 0; }
+    int32_t total() const { return 0; }
+};
 struct PlaneSum {
-    static constexpr int kMost = 1 << 30;
     Ints first{}, second{};
+    void begin(int32_t) {}
     void add(const PlaneCodes& codes, int32_t digits, int32_t more) {
         first = dot4(first, codes.first, digits);
         second = dot4(second, codes.second, more);
@@ -108,8 +115,8 @@ struct ByteCodes {
     Bytes bytes() const { return all; }
 };
 struct ByteSum {
-    static constexpr int kMost = 1 << 30;
     Ints sum{};
+    void begin(int32_t) {}
     void add(const ByteCodes& codes, int32_t digits) { sum = dot4(sum, codes.all, digits); }
     void settle() {}
     Ints total() const { return sum; }
@@ -130,10 +137,38 @@ struct ByteCodes {
     Bytes bytes() const { return raised(high) | low; }
 };
 
-// Products of a nibble and a digit of at most 127: two of them sum to at most 2 * 15 * 127 = 3810, and 8 such sums,
-// 30480, stay inside 16 bits.
-constexpr int kWordAdds = 8;
+// Sums in 16 bits may wrap on the way, as long as they end inside. A word meets two digits of each four: over a turn of
+// 8 pairs of fours, 32 digits of at most 127. Started at -7.5 times their sum it is that of (nibble - 7.5) * digit, at
+// most 32 * 7.5 * 127 = 30480.
+constexpr int kTurnPairs = 8;
 using Words = Vector<int16_t, 16>;
+struct DigitStarts {
+    // Of `pairs` pairs of fours; the list is padded with zeros to a multiple of 16 digits.
+    // Not inlined: GCC 12 would take what a turn reads for uninitialised.
+    [[gnu::noinline]] DigitStarts(const int8_t* digits, int pairs) {
+        for (int turn = 0; turn * kTurnPairs < pairs; ++turn) {
+            const int last = pairs < (turn + 1) * kTurnPairs ? pairs : (turn + 1) * kTurnPairs;
+            __m128i sums = _mm_setzero_si128();
+            for (int p = turn * kTurnPairs; p < last; p += 2)
+                sums = _mm_add_epi16(
+                    sums, _mm_maddubs_epi16(_mm_set1_epi8(1), _mm_loadu_si128((const __m128i*)(digits + 8 * p))));
+            sums = _mm_add_epi16(sums, _mm_srli_si128(sums, 8));
+            sums = _mm_add_epi16(sums, _mm_srli_si128(sums, 4));
+            // -7.5 s, rounded up for an odd s
+            const __m128i starts =
+                _mm_sub_epi16(_mm_srai_epi16(_mm_add_epi16(sums, _mm_set1_epi16(1)), 1), _mm_slli_epi16(sums, 3));
+            own[turn] = _mm_cvtsi128_si32(starts);
+            sum += int16_t(own[turn]) + (own[turn] >> 16);
+        }
+    }
+    int32_t of_turn(int turn) const { return own[turn]; }
+    int32_t total() const { return sum; }  // what all sums of nibbles start at, together
+
+private:
+    int32_t own[kMaxHeadDim / (8 * kTurnPairs)];
+    int32_t sum = 0;
+};
+inline Words started(int32_t start) { return (Words)_mm256_set1_epi32(start); }
 inline Words dot2(Words sum, Bytes nibbles, int32_t digits) {
     return sum + (Words)_mm256_maddubs_epi16((__m256i)nibbles, _mm256_set1_epi32(digits));
 }
@@ -142,30 +177,24 @@ inline Ints widen(Words sums, int16_t factor = 1) {
 }
 
 struct PlaneSum {
-    static constexpr int kMost = kWordAdds / 2;
     Words words{};
     Ints all{};
+    void begin(int32_t start) { words = started(start); }
     void add(const PlaneCodes& codes, int32_t digits, int32_t more) {
         words = dot2(dot2(words, codes.first, digits), codes.second, more);
     }
-    void settle() {
-        all += widen(words);
-        words = Words{};
-    }
+    void settle() { all += widen(words); }
     Ints total() const { return all; }
 };
 struct ByteSum {
-    static constexpr int kMost = kWordAdds;
     Words low{}, high{};
     Ints all{};
+    void begin(int32_t start) { low = high = started(start); }
     void add(const ByteCodes& codes, int32_t digits) {
         low = dot2(low, codes.low, digits);
         high = dot2(high, codes.high, digits);
     }
-    void settle() {
-        all += widen(low) + widen(high, 16);
-        low = high = Words{};
-    }
+    void settle() { all += widen(low) + widen(high, 16); }
     Ints total() const { return all; }
 };
 
@@ -221,12 +250,13 @@ inline void with_number(int n, const Body& body) {
     body(Number<Most>());
 }
 
-// body(i) for i in [0, count), and settle() after at most `most` of them and at the end.
-template <class Body, class Settle>
-inline void in_turns(int count, int most, const Body& body, const Settle& settle) {
-    for (int i = 0; i < count;) {
-        const int end = count - i > most ? i + most : count;
-        for (; i < end; ++i) body(i);
+// body(p) for p in [0, pairs), in turns of kTurnPairs, each between begin(turn) and settle().
+template <class Begin, class Body, class Settle>
+inline void in_turns(int pairs, const Begin& begin, const Body& body, const Settle& settle) {
+    for (int p = 0, turn = 0; p < pairs; ++turn) {
+        const int end = pairs - p > kTurnPairs ? p + kTurnPairs : pairs;
+        begin(turn);
+        for (; p < end; ++p) body(p);
         settle();
     }
 }

@@ -204,17 +204,25 @@ constexpr int kScanBlocks = kParts == 1 ? 2 : 1;
 // What a scan needs of a query, away from memory that might be what it writes to.
 struct ScanQuery {
     const int8_t* digits;
+    DigitStarts starts;
     float offset, factor, centre;
-    ScanQuery() = default;
-    explicit ScanQuery(const CodedQuery& query)
-        : digits(query.high), offset(7.5f * query.high_sum), factor(16.0f * query.unit), centre(query.centre) {}
+    ScanQuery(const CodedQuery& query, int dim)
+        : digits(query.high),
+          starts(digits, (dim + 7) / 8),
+          offset(7.5f * query.high_sum + float(starts.total())),
+          factor(16.0f * query.unit),
+          centre(query.centre) {}
 };
 template <int Count>
 struct ScanQueries {
     ScanQuery own[Count];
-    explicit ScanQueries(const CodedQuery* queries) {
-        for (int q = 0; q < Count; ++q) own[q] = ScanQuery(queries[q]);
-    }
+    ScanQueries(const CodedQuery* queries, int dim)
+        : ScanQueries(queries, dim, std::make_integer_sequence<int, Count>()) {}
+
+private:
+    template <int... I>
+    ScanQueries(const CodedQuery* queries, int dim, std::integer_sequence<int, I...>)
+        : own{ScanQuery(queries[I], dim)...} {}
 };
 
 // Estimates of `Blocks` neighbouring blocks of one tile; raises top[q].
@@ -226,7 +234,11 @@ inline void score_together(const uint8_t* high, int dim, const ScanQuery* querie
     for (int part = 0; part < kParts; part += kPartsTogether) {
         PlaneSum sum[Blocks * kPartsTogether][Count];
         in_turns(
-            pairs, PlaneSum::kMost,
+            pairs,
+            [&](int turn) {
+                for (auto& of_queries : sum)
+                    for (int q = 0; q < Count; ++q) of_queries[q].begin(queries[q].starts.of_turn(turn));
+            },
             [&](int p) {
                 for (int k = 0; k < Blocks; ++k) {
                     const uint8_t* line = high + k * (bytes + 64) + p * 64;
@@ -275,7 +287,7 @@ inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const Scan
 template <int Count>
 [[gnu::noinline]] void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
                                  float* estimates, size_t stride, float* maxima) {
-    const ScanQueries<Count> scanned(queries);
+    const ScanQueries<Count> scanned(queries, dim);
     Floats top[Count];
     for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(maxima[q]);
     score_blocks<Count>(high, dim, blocks, scanned.own, estimates, stride, top);
@@ -300,7 +312,7 @@ inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const Co
     const size_t stride = uppers ? uppers_stride : kGroup * 16;
     float reference[Count];
     f32x16 sum[Count] = {};
-    const ScanQueries<Count> scanned(queries);
+    const ScanQueries<Count> scanned(queries, dim);
     for (int q = 0; q < Count; ++q) reference[q] = -3.0e38f;
     for (size_t first = 0; first < blocks; first += kGroup) {
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
@@ -364,7 +376,7 @@ inline void scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const C
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     alignas(64) float scratch[Count * kGroup * 16];
     Floats top[Count] = {};
-    const ScanQueries<Count> scanned(queries);
+    const ScanQueries<Count> scanned(queries, dim);
     for (size_t first = 0; first < blocks; first += kGroup) {
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
         const uint8_t* codes = high + first * (bytes + 64);

@@ -4,20 +4,44 @@
 // A selection goes over its blocks in passes without branches that depend on keys, each leaving its results in the
 // first cache: which blocks are in doubt; estimates from both planes; weights; lists.
 
+// What a refinement needs of a query's first digits, or of its second ones.
+struct DigitRow {
+    const int8_t* digits;
+    DigitStarts starts;
+    float offset;  // codes are centred at 127.5
+    DigitRow(const int8_t* list, float sum, int dim)
+        : digits(list), starts(list, (dim + 7) / 8), offset(127.5f * sum + float(17 * starts.total())) {}
+};
+template <int Count>
+struct DigitRows {
+    DigitRow first[Count], second[Count];
+    DigitRows(const CodedQuery* queries, int dim) : DigitRows(queries, dim, std::make_integer_sequence<int, Count>()) {}
+
+private:
+    template <int... I>
+    DigitRows(const CodedQuery* queries, int dim, std::integer_sequence<int, I...>)
+        : first{DigitRow(queries[I].high, queries[I].high_sum, dim)...},
+          second{DigitRow(queries[I].low, queries[I].low_sum, dim)...} {}
+};
+
 // totals[block][row] = products of a row of digits with both planes of a block, one register of its keys.
 template <int Rows, int Blocks>
 inline void multiply_planes(const uint8_t* const* high, const uint8_t* const* low, int pairs, int part,
-                            const int8_t* const* digits, Ints (*totals)[Rows]) {
+                            const DigitRow* const* rows, Ints (*totals)[Rows]) {
     ByteSum sums[Blocks][Rows];
     in_turns(
-        pairs, ByteSum::kMost / 2,
+        pairs,
+        [&](int turn) {
+            for (auto& of_block : sums)
+                for (int r = 0; r < Rows; ++r) of_block[r].begin(rows[r]->starts.of_turn(turn));
+        },
         [&](int p) {
             const size_t at = size_t(p) * 64 + size_t(part) * kRegisterBytes;
             for (int k = 0; k < Blocks; ++k) {
                 const Bytes h = load<Bytes>(high[k] + at), l = load<Bytes>(low[k] + at);
                 const ByteCodes first = ByteCodes::of_low(h, l), second = ByteCodes::of_high(h, l);
-                for (int r = 0; r < Rows; ++r) sums[k][r].add(first, four_digits(digits[r] + 8 * p));
-                for (int r = 0; r < Rows; ++r) sums[k][r].add(second, four_digits(digits[r] + 8 * p + 4));
+                for (int r = 0; r < Rows; ++r) sums[k][r].add(first, four_digits(rows[r]->digits + 8 * p));
+                for (int r = 0; r < Rows; ++r) sums[k][r].add(second, four_digits(rows[r]->digits + 8 * p + 4));
             }
         },
         [&] { settle_all(sums); });
@@ -27,29 +51,29 @@ inline void multiply_planes(const uint8_t* const* high, const uint8_t* const* lo
 
 // Estimates of `Blocks` blocks for `Count` of the queries, refined[Blocks][all queries][16]. Two blocks share each load
 // of the queries' digits.
-template <int Count, int Blocks>
+template <int Count, int Blocks, int All>
 inline void refine_together(const uint8_t* const* high, const uint8_t* const* low, int dim, const CodedQuery* queries,
-                            const int* which, int all, float* refined) {
+                            const DigitRows<All>& rows, const int* which, float* refined) {
     const int pairs = (dim + 7) / 8;
     // Both digits of all queries at once, or as many as there are registers for.
     constexpr int kTurns = Count * 2 > kDigitRows ? 2 : 1, kRows = 2 * Count / kTurns;
-    const int8_t* digits[2 * Count];
+    const DigitRow* own[2 * Count];
     for (int q = 0; q < Count; ++q) {
-        digits[q] = queries[which[q]].high;
-        digits[Count + q] = queries[which[q]].low;
+        own[q] = &rows.first[which[q]];
+        own[Count + q] = &rows.second[which[q]];
     }
     for (int part = 0; part < kParts; ++part) {
         Ints totals[kTurns][Blocks][kRows];
         for (int turn = 0; turn < kTurns; ++turn)
-            multiply_planes<kRows, Blocks>(high, low, pairs, part, digits + turn * kRows, totals[turn]);
+            multiply_planes<kRows, Blocks>(high, low, pairs, part, own + turn * kRows, totals[turn]);
         for (int k = 0; k < Blocks; ++k) {
             const Floats step = part_of_bfloat16(high[k] + size_t(pairs) * 64, part);
             for (int q = 0; q < Count; ++q) {
                 const CodedQuery& query = queries[which[q]];
                 const auto sum = [&](int row) { return convert<Floats>(totals[row / kRows][k][row % kRows]); };
-                const Floats coarse = sum(q) - 127.5f * query.high_sum;
-                const Floats fine = sum(Count + q) - 127.5f * query.low_sum;
-                store(refined + (k * all + which[q]) * 16 + part * kPartLanes,
+                const Floats coarse = sum(q) - own[q]->offset;
+                const Floats fine = sum(Count + q) - own[Count + q]->offset;
+                store(refined + (k * All + which[q]) * 16 + part * kPartLanes,
                       step * (query.unit * (coarse + fine * (1.0f / 254.0f))) + query.centre);
             }
         }
@@ -63,9 +87,10 @@ inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     alignas(64) float refined[Count * 16];
     f32x16 top[Count];
+    const DigitRows<Count> rows(queries, dim);
     for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
     for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
-        refine_together<Count, 1>(&high, &low, dim, queries, kEvery, Count, refined);
+        refine_together<Count, 1>(&high, &low, dim, queries, rows, kEvery, refined);
         for (int q = 0; q < Count; ++q) {
             const f32x16 own = load<f32x16>(refined + q * 16);
             top[q] = max_of(top[q], own);
@@ -214,6 +239,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
     Doubtful<Count> found;
     find_doubtful<Count, Wanted>(blocks, selection, uppers, stride, block_masses, mass_stride, reaching, found,
                                  omitted);
+    const DigitRows<Count> rows(queries, dim);
     for (size_t f = 0; f < found.count; f += kRefineBlocks) {
         const uint8_t *h[kRefineBlocks], *l[kRefineBlocks];
         for (int k = 0; k < kRefineBlocks; ++k) {
@@ -234,10 +260,10 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
                 if (found.doubts[f][q]) which[some++] = q;
             float* refined = found.keys[f][0];
             with_number<Count>(some, [&](auto number) {
-                refine_together<decltype(number)::value, 1>(h, l, dim, queries, which, Count, refined);
+                refine_together<decltype(number)::value, 1>(h, l, dim, queries, rows, which, refined);
             });
         } else {
-            refine_together<Count, kRefineBlocks>(h, l, dim, queries, kEvery, Count, found.keys[f][0]);
+            refine_together<Count, kRefineBlocks>(h, l, dim, queries, rows, kEvery, found.keys[f][0]);
         }
     }
     WeightSums own[Count];
