@@ -76,8 +76,8 @@ int64_t Prefill::select_digits(Workspace& space, size_t i, int head, size_t firs
     const float* logits = space.logits.data() + slot * kLogitStride;
     const double wide = band(row, space.queries[i], space.panel);
     const double off = expm1_above(wide / kLog2e) * (1 + kDigitExcess) + kDigitExcess;
-    const float top = kernels().largest_of(logits, count);
-    if (row.reference == -double(kInf)) raise_reference(space, i, top);  // its own block is hidden
+    if (row.reference == -double(kInf))  // its own block is hidden
+        raise_reference(space, i, kernels().largest_of(logits, count));
     const double guessed = std::min(guess(row, remaining, off), row.reference + 60.0);
     const double exact = exact_from(row, remaining);
     WeighedRow found;
@@ -85,12 +85,11 @@ int64_t Prefill::select_digits(Workspace& space, size_t i, int head, size_t firs
     within_budget(space, i, guessed, off, [&](double threshold) {
         limits.from = float(threshold);
         limits.exact_from = std::max(float(exact), limits.from);
-        limits.cap = std::min(limits.exact_from, top);
         limits.reference = float(row.reference);
         limits.first = uint32_t(first);
         kernels().weigh_panel(logits, count, &limits, space.digits.data() + slot * kPanelKeys, space.positions,
                               space.kept.data(), &found);
-        return Attempt{found.exact, double(found.omitted), double(found.mass), double(limits.cap)};
+        return Attempt{found.exact, double(found.omitted), double(found.mass), double(found.cap)};
     });
     row.omitted += double(found.omitted) * (1 + off) * kSumExcess;
     const double mean_mass = double(found.omitted) / kLineMean;
@@ -99,7 +98,7 @@ int64_t Prefill::select_digits(Workspace& space, size_t i, int head, size_t firs
     space.words |= found.words;
     if (found.exact) add_exact(space, i, head, found.exact);
     if (found.coded) {
-        const double cap = std::exp2(limits.cap - row.reference), unit = cap / double(kDigits);
+        const double cap = std::exp2(found.cap - row.reference), unit = cap / double(kDigits);
         uint32_t digit_sum = 0;
         for (uint32_t sum : found.digit_sums) digit_sum += sum;
         const double mass = unit * digit_sum, sure = double(found.mass) * cap;

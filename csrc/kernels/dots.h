@@ -59,10 +59,9 @@ inline Ints dot4(Ints sum, Bytes codes, int32_t digits) {
 #endif
 }
 
-// Panels of prompts: four dimensions stand in a lane, as in the planes, and so do the codes of four values.
-constexpr int kPanelDims = 4, kValueShift = 0;
-inline void store_digits(int8_t* to, i8x16 digits) { store(to, digits); }
-inline void store_panel(uint8_t* to, size_t, Bytes codes) { store(to, codes); }
+// Panels of prompts: codes of four dimensions stand in a lane, as in the planes, and so do those of four values.
+constexpr bool kDigitPairs = false;
+constexpr int kValueShift = 0;
 inline Ints add_scores(Ints sum, Bytes codes, int32_t digits) { return dot4(sum, codes, digits); }
 inline Bytes value_codes(Bytes x) { return x; }
 inline Ints add_values(Ints sum, Bytes codes, int32_t digits) { return dot4(sum, codes, digits); }
@@ -204,22 +203,11 @@ inline Ints in_register(Ints x) {
     return x;
 }
 
-// Panels of prompts are scored often enough to widen codes and digits to 16 bits: of four dimensions, the even ones
-// stand in a first register and the odd ones in a second. That is as many instructions as with nibbles, but no
-// settling, and sums for two registers of keys at once.
-constexpr int kPanelDims = 2;
-inline void store_digits(int8_t* to, i8x16 digits) {
-    const __m128i four = (__m128i)digits, even = _mm_srai_epi16(_mm_slli_epi16(four, 8), 8),
-                  odd = _mm_srai_epi16(four, 8);
-    _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi32(even, odd));
-    _mm_storeu_si128((__m128i*)(to + 16), _mm_unpackhi_epi32(even, odd));
-}
-inline void store_panel(uint8_t* to, size_t apart, Bytes codes) {
-    store(to, as<Shifted>(codes) & (uint16_t)0xff);
-    store(to + apart, as<Shifted>(codes) >> 8);
-}
+// Panels of prompts: a code of 8 bits meets a digit, and two products must stay inside 16 bits. So the digits of a
+// query get a step at which two of them that stand together sum to at most 128: 255 * 128 = 32640.
+constexpr bool kDigitPairs = true;
 inline Ints add_scores(Ints sum, Bytes codes, int32_t digits) {
-    return in_register(sum + (Ints)_mm256_madd_epi16((__m256i)codes, _mm256_set1_epi32(digits)));
+    return in_register(sum + widen((Words)_mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(digits))));
 }
 // Digits of weights are never negative, so that they can be the unsigned side: with codes less 128 two products sum to
 // at most 2 * 128 * 127 = 32512, inside 16 bits.

@@ -97,13 +97,12 @@ struct SelectionSums {
     float *offsets, *steps, *squares;
 };
 
-// A panel of keys for many queries: joined codes, in the order and width that the level multiplies them in, their
-// steps, and the largest residual8 and step among them.
+// A panel of keys for many queries: joined codes, their steps, and the largest residual8 and step among them.
 constexpr size_t kPanelBlocks = 64, kPanelKeys = kPanelBlocks * kBlock;
 constexpr int kDenseRows = 6, kDenseStride = 8;  // queries whose weights [key][kDenseStride] meet values as a matrix
 constexpr size_t kSumPiece = 64;                 // float32 sums start afresh after so many keys: long chains round more
 constexpr int kCurve = 16;                       // points of the curve of a sample's mass, a factor of two apart
-inline size_t panel_bytes(int dim) { return kPanelKeys * size_t(padded8(dim)) * 2; }  // at most 16 bits a code
+inline size_t panel_bytes(int dim) { return kPanelKeys * size_t(padded8(dim)); }
 struct CodedPanel {
     uint8_t* codes;  // [panel_bytes(dim)]
     float* steps;    // [kPanelBlocks * 16]
@@ -112,9 +111,9 @@ struct CodedPanel {
 
 // A query of a prompt: rotated, at unit length, in one signed 8-bit digit a coordinate.
 struct PanelQuery {
-    int8_t digits[2 * kMaxHeadDim];  // [padded16(dim)], in the order and width of the panel's codes
-    float step, rest;                // q / |q| ~ step * digits, off by at most `rest`
-    int32_t digit_sum, start;        // start: -127.5 digit_sum, rounded
+    int8_t digits[kMaxHeadDim];  // [padded16(dim)]
+    float step, rest;            // q / |q| ~ step * digits, off by at most `rest`
+    int32_t digit_sum, start;    // start: -127.5 digit_sum, rounded
     // Set by the caller: logit = unit * (key's step) * (start + dot) + centre, in units of log 2.
     float unit, centre;
 };
@@ -125,12 +124,13 @@ constexpr size_t kRangeKeys = 256, kRanges = kPanelKeys / kRangeKeys;
 inline size_t range_floats(int dim) { return size_t(3 * padded16(dim) + 1); }
 // The largest weight in digits: with the dither, and 1e-4 of the exponential, still below 128.
 constexpr float kDigits = 126.0f;
-// Which keys of a panel a query keeps, in digits relative to 2^cap or exactly; masses are relative to 2^reference.
+// Which keys of a panel a query keeps, in digits or exactly; masses are relative to 2^reference.
 struct WeightLimits {
-    float from, exact_from, cap, reference;
+    float from, exact_from, reference;
     uint32_t first;  // position of the panel's first key
 };
 struct WeighedRow {
+    float cap;            // digits are relative to 2^cap
     float omitted, mass;  // from above, relative to 2^reference; of the keys in digits, relative to 2^cap
     uint32_t words;       // bit w: keys 64 w .. 64 w + 63 hold a kept one
     uint32_t coded, exact;

@@ -11,24 +11,21 @@ constexpr int kMicroRegisters = 2;
 constexpr int kMicroRegisters = 1;
 #endif
 
-// Both planes joined, [word of 4 blocks][kPanelDims dimensions][block][64 bytes], from block `first` of the panel on; a
+// Both planes joined, [word of 4 blocks][4 dimensions][block][64 bytes], from block `first` of the panel on; a
 // last word is filled with zeros.
 void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, size_t first, CodedPanel* panel) {
-    constexpr size_t kFour = 4 / kPanelDims * 256;  // bytes of four dimensions of a word
     const int pairs = (dim + 7) / 8;
     const size_t bytes = size_t(pairs) * 64;
-    const auto place = [&](size_t block) {
-        return panel->codes + block / 4 * size_t(pairs) * 2 * kFour + block % 4 * 64;
-    };
+    const auto place = [&](size_t block) { return panel->codes + block / 4 * size_t(pairs) * 512 + block % 4 * 64; };
     f32x16 residual = splat(first ? panel->residual : 0.0f), largest = splat(first ? panel->step : 0.0f);
     blocks += first;
     for (size_t block = first; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
         uint8_t* to = place(block);
-        for (int p = 0; p < pairs; ++p, to += 2 * kFour) {
+        for (int p = 0; p < pairs; ++p, to += 512) {
             for (int at = 0; at < 64; at += kRegisterBytes) {
                 const Bytes h = load<Bytes>(high + p * 64 + at), l = load<Bytes>(low + p * 64 + at);
-                store_panel(to + at, 256, ByteCodes::of_low(h, l).bytes());
-                store_panel(to + kFour + at, 256, ByteCodes::of_high(h, l).bytes());
+                store(to + at, ByteCodes::of_low(h, l).bytes());
+                store(to + 256 + at, ByteCodes::of_high(h, l).bytes());
             }
         }
         const f32x16 step = load_bfloat16<f32x16>(high + bytes);
@@ -38,7 +35,7 @@ void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t block
     }
     for (size_t block = blocks; block % 4; ++block) {
         uint8_t* to = place(block);
-        for (int p = 0; p < 8 / kPanelDims * pairs; ++p, to += 256) store(to, u8x64{});
+        for (int p = 0; p < 2 * pairs; ++p, to += 256) store(to, u8x64{});
         store(panel->steps + block * 16, f32x16{});
     }
     panel->residual = max_of_lanes(residual);
@@ -50,7 +47,13 @@ void code_query(const float* y, int dim, PanelQuery* query) {
     const int wide = (dim + 15) / 16 * 16;
     f32x16 top = {};
     for (int at = 0; at < wide; at += 16) top = max_of(top, abs_of(load<f32x16>(y + at)));
-    const float most = max_of_lanes(top), step = most > 0 ? most / 127.0f : 1.0f, inverse = 1.0f / step;
+    float most = max_of_lanes(top);
+    if constexpr (kDigitPairs)  // each of two is rounded by at most a half: 127 become 128
+        for (int at = 0; at < wide; at += 2) {
+            const float both = __builtin_fabsf(y[at] + y[at + 1]);
+            if (both > most) most = both;
+        }
+    const float step = most > 0 ? most / 127.0f : 1.0f, inverse = 1.0f / step;
     i32x16 sum = {};
     f32x16 rest = {};
     for (int at = 0; at < wide; at += 16) {
@@ -60,7 +63,7 @@ void code_query(const float* y, int dim, PanelQuery* query) {
         const f32x16 left = x - convert<f32x16>(digit);
         rest += left * left;
         sum += digit;
-        store_digits(query->digits + at / kPanelDims * 4, signed_bytes(digit));
+        store(query->digits + at, signed_bytes(digit));
     }
     int32_t lanes[16], total = 0;
     store(lanes, sum);
@@ -103,7 +106,7 @@ inline void score_word(const uint8_t* codes, const float* steps, int count, cons
 // logits[q][64 * word + i] for `words` words of the panel.
 void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuery* queries, int count, float* logits,
                  size_t stride) {
-    const int steps = (dim + 7) / 8 * 8 / kPanelDims;
+    const int steps = (dim + 7) / 8 * 2;
     for (int first = 0; first < count; first += kMicroQueries) {
         const int here = count - first < kMicroQueries ? count - first : kMicroQueries;
         const auto score = [&](auto number) {

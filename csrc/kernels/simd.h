@@ -78,6 +78,7 @@ inline float bfloat16_value(uint16_t bits) {
 
 inline uint32_t mask_ge(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
 inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ); }
+inline uint32_t mask_positive(i32x16 x) { return _mm512_cmpgt_epi32_mask((__m512i)x, _mm512_setzero_si512()); }
 inline f32x16 keep_lanes(uint32_t mask, f32x16 x) { return (f32x16)_mm512_maskz_mov_ps((__mmask16)mask, (__m512)x); }
 // What a comparison says of each lane. Zero elsewhere: `where` it holds, `except` where it holds.
 using Truth = __mmask16;
@@ -138,6 +139,7 @@ inline void sums_of_4(const f32x16* x, float* out) {
 
 inline uint32_t mask_ge(f32x16 a, f32x16 b) { return bits_of(a >= b); }
 inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return bits_of(~(a < b)); }
+inline uint32_t mask_positive(i32x16 x) { return bits_of(x > splat(0)); }
 inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
     alignas(64) static const int32_t bit[16] = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
                                                 1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};

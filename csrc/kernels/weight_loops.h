@@ -58,94 +58,144 @@ inline f32x16 power_of_two(f32x16 t) {
 #endif
 }
 
-// Of logits[count], a multiple of 64 (-inf is nothing), those in [from, exact_from) as digits
-// of 2^(logit - cap) * kDigits, cap >= all of them; each is off by less than one, up or down by its place, so that sums
-// of many small weights are neither. Those from exact_from on are listed; the mass of the others is bounded as in
-// select_row.
-void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, int8_t* digits, uint32_t* positions,
-                 float* exact, WeighedRow* out) {
-    const i32x16 lane = lane_numbers();
-    // (2 k + 1) / 128 for every k below 64, neighbours far apart.
-    const f32x16 place = convert<f32x16>((lane & 1) * 8 + (lane & 2) * 2 + (lane & 4) / 2 + (lane & 8) / 8) / 16.0f;
-    const f32x16 dither[4] = {place + 1.0f / 128.0f, place + 5.0f / 128.0f, place + 3.0f / 128.0f,
-                              place + 7.0f / 128.0f};
-    const f32x16 from = splat(limits->from > kLowest ? limits->from : kLowest);  // hidden keys are never kept
-    const f32x16 exact_from = splat(limits->exact_from);
-    const float reference = limits->reference, cap = limits->cap;
-    const uint32_t first = limits->first;
-    f32x16 omitted[2] = {}, mass[2] = {};
-    uint32_t words = 0, found = 0;
-    LaneCount kept;
-    *out = {};
-    for (size_t start = 0; start < count; start += kRangeKeys) {
-        const size_t end = count - start < kRangeKeys ? count : start + kRangeKeys;
+// (2 k + 1) / 128 for every k below 64, neighbours far apart.
+struct Dither {
+    alignas(64) float of[64];
+    constexpr Dither() : of() {
+        constexpr int group[4] = {0, 4, 2, 6};
+        for (int k = 0; k < 64; ++k) {
+            const int lane = k % 16, place = (lane & 1) * 8 + (lane & 2) * 2 + (lane & 4) / 2 + (lane & 8) / 8;
+            of[k] = float(place * 8 + group[k / 16] + 1) / 128.0f;
+        }
+    }
+};
+constexpr Dither kDither;
+
+// Digits of the pieces of 32 keys in `pieces`, for logits in [from, exact_from). Returns the pieces in which some reach
+// exact_from; AllBelow: none does.
+template <bool AllBelow>
+inline uint32_t digits_of_pieces(const float* logits, uint32_t pieces, const f32x16& from, const f32x16& exact_from,
+                                 float cap, int8_t* digits, WeighedRow* out) {
+    constexpr uint32_t kPieces = kRangeKeys / 32;
+    f32x16 mass = {};
+    uint32_t large_pieces = 0;
+    for (size_t range = 0; pieces >> range * kPieces; ++range) {
         i32x16 total = {};
-        for (size_t i = start; i < end; i += 64) {
-            const float* own = logits + i;
-            Truth any{}, any_large{};
-            for (int b = 0; b < 64; b += 16) {
-                const f32x16 x = load<f32x16>(own + b);
-                const Truth reaches = truth_ge(x, from);
-                omitted[b / 16 % 2] += except(reaches, power_above(x - reference));
-                any = any | reaches;
-            }
-            if (!bits(any)) {
-                store(digits + i, u8x64{});
-                continue;
-            }
-            words |= 1u << (i / 64);
-            for (int b = 0; b < 64; b += 32) {
-                i32x16 digit[2];
-                for (int h = 0; h < 2; ++h) {
-                    const f32x16 x = load<f32x16>(own + b + 16 * h);
-                    const Truth reaches = truth_ge(x, from), large = reaches & truth_ge(x, exact_from);
-                    const f32x16 w = where(without(reaches, large), power_of_two(x - cap));
-                    mass[h] += w;
-                    digit[h] = convert<i32x16>(w * kDigits + dither[b / 16 + h]);
-                    total += digit[h];
-                    kept.add(reaches);
+        for (uint32_t left = pieces & ((1u << kPieces) - 1) << range * kPieces; left; left &= left - 1) {
+            const size_t i = size_t(__builtin_ctz(left)) * 32;
+            i32x16 digit[2];
+            Truth any_large{};
+            for (int h = 0; h < 2; ++h) {
+                const f32x16 x = load<f32x16>(logits + i + 16 * h);
+                Truth coded = truth_ge(x, from);
+                if constexpr (!AllBelow) {
+                    const Truth large = truth_ge(x, exact_from);
+                    coded = without(coded, large);
                     any_large = any_large | large;
                 }
-                store_signed_bytes(digits + i + b, digit[0], digit[1]);
+                const f32x16 w = where(coded, power_of_two(x - cap));
+                mass += w;
+                digit[h] = convert<i32x16>(w * kDigits + load<f32x16>(kDither.of + (i + 16 * h) % 64));
+                total += digit[h];
             }
-            if (!bits(any_large)) continue;
-            for (int b = 0; b < 64; b += 16) {
-                const f32x16 x = load<f32x16>(own + b);
-                const uint32_t large = mask_ge(x, from) & mask_ge(x, exact_from);
-                compress(large, lane + int32_t(first + i + b), positions + found);
+            store_signed_bytes(digits + i, digit[0], digit[1]);
+            if constexpr (!AllBelow) large_pieces |= uint32_t(bits(any_large) != 0) << (i / 32);
+        }
+        int32_t lanes[16];
+        store(lanes, total);
+        for (int32_t sum : lanes) out->digit_sums[range] += uint32_t(sum);
+        if (range + 1 == kRanges) break;
+    }
+    out->mass = sum_of(mass);
+    return large_pieces;
+}
+
+// Of logits[count], a multiple of 64 (-inf is nothing), those in [from, exact_from) as digits
+// of 2^(logit - cap) * kDigits, cap the largest of them or exact_from; each is off by less than one, up or down by its
+// place, so that sums of many small weights are neither. Those from exact_from on are listed; the mass of the others is
+// bounded as in select_row.
+void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, int8_t* digits, uint32_t* positions,
+                 float* exact, WeighedRow* out) {
+    const float least = limits->from > kLowest ? limits->from : kLowest;  // hidden keys are never kept
+    const f32x16 from = splat(least), exact_from = splat(limits->exact_from > least ? limits->exact_from : least);
+    const float reference = limits->reference;
+    *out = {};
+    // First what is left out, and which pieces of 32 keys hold one that is kept: few, often.
+    f32x16 omitted = {}, top = splat(-kInfinity);
+    uint32_t pieces = 0, kept = 0;
+    for (size_t i = 0; i < count; i += 32) {
+        uint32_t mask[2];
+        for (int h = 0; h < 2; ++h) {
+            const f32x16 x = load<f32x16>(logits + i + 16 * h);
+            const Truth reaches = truth_ge(x, from);
+            omitted += except(reaches, power_above(x - reference));
+            top = max_of(top, x);
+            mask[h] = bits(reaches);
+        }
+        const uint32_t both = mask[0] | mask[1] << 16;
+        kept += uint32_t(__builtin_popcount(both));
+        pieces |= uint32_t(both != 0) << (i / 32);
+        store(digits + i, i8x16{});
+        store(digits + i + 16, i8x16{});
+    }
+    uint32_t found = 0;
+    const float highest = max_of_lanes(top);
+    if (highest < limits->exact_from) {
+        out->cap = highest;
+        digits_of_pieces<true>(logits, pieces, from, exact_from, highest, digits, out);
+    } else {
+        out->cap = limits->exact_from;
+        const i32x16 lane = lane_numbers();
+        uint32_t left = digits_of_pieces<false>(logits, pieces, from, exact_from, limits->exact_from, digits, out);
+        for (; left; left &= left - 1) {
+            const size_t piece = size_t(__builtin_ctz(left)) * 32;
+            for (size_t i = piece; i < piece + 32; i += 16) {
+                const f32x16 x = load<f32x16>(logits + i);
+                const uint32_t large = mask_ge(x, exact_from);
+                compress(large, lane + int32_t(limits->first + i), positions + found);
                 compress(large, as<i32x16>(x), (uint32_t*)(exact + found));
                 found += uint32_t(__builtin_popcount(large));
             }
         }
-        int32_t lanes[16];
-        store(lanes, total);
-        for (int32_t sum : lanes) out->digit_sums[start / kRangeKeys] += uint32_t(sum);
     }
-    out->omitted = sum_of(omitted[0] + omitted[1]);
-    out->mass = sum_of(mass[0] + mass[1]);
-    out->words = words;
-    out->coded = kept.total() - found;
+    out->omitted = sum_of(omitted);
+    for (size_t word = 0; word < count / 64; ++word) out->words |= uint32_t((pieces >> 2 * word & 3) != 0) << word;
+    out->coded = kept - found;
     out->exact = found;
+}
+
+// The fours of keys of a range of which some query has a digit that is not zero; `list` has room for 16 more.
+template <int Queries>
+inline size_t fours_with_digits(const int8_t* digits, uint32_t words, uint32_t* list) {
+    size_t found = 0;
+    for (; words; words &= words - 1) {
+        const size_t word = size_t(__builtin_ctz(words));
+        i32x16 any = {};
+        for (int q = 0; q < Queries; ++q) any = any | load<i32x16>(digits + word * 64 + size_t(q) * kPanelKeys);
+        const uint32_t mask = mask_positive(any);  // digits are not negative
+        compress(mask, lane_numbers() + int32_t(word * 16), list + found);
+        found += size_t(__builtin_popcount(mask));
+    }
+    return found;
 }
 
 // Of one range, the values' coordinates from `at` on, Wide registers of them.
 template <int Queries, int Wide>
-inline void multiply_strip(const uint8_t* codes, const float* range, size_t wide, int at, uint32_t words,
-                           const int8_t* digits, const float* units, const uint32_t* digit_sums, float* accumulators,
-                           size_t stride) {
+inline void multiply_strip(const uint8_t* codes, const float* range, size_t wide, int at, const uint32_t* fours,
+                           size_t count, const int8_t* digits, const float* units, const uint32_t* digit_sums,
+                           float* accumulators, size_t stride) {
     Ints sum[Queries][Wide];
     for (auto& row : sum)
         for (Ints& own : row) own = Ints{};
-    for (; words; words &= words - 1) {
-        const size_t key = size_t(__builtin_ctz(words)) * 64;
-        const uint8_t* from = codes + (key / 4 * wide + size_t(at)) * 4;
-        for (size_t quad = 0; quad < 16; ++quad, from += wide * 4) {
-            Bytes value[Wide];
-            for (int j = 0; j < Wide; ++j) value[j] = value_codes(load<Bytes>(from + kRegisterBytes * j));
-            for (int q = 0; q < Queries; ++q) {
-                const int32_t four = four_digits(digits + key + 4 * quad + size_t(q) * kPanelKeys);
-                for (int j = 0; j < Wide; ++j) sum[q][j] = add_values(sum[q][j], value[j], four);
-            }
+    codes += size_t(at) * 4;
+    for (size_t i = 0; i < count; ++i) {
+        const uint8_t* from = codes + fours[i] * wide * 4;
+        const int8_t* own = digits + fours[i] * 4;
+        Bytes value[Wide];
+        for (int j = 0; j < Wide; ++j) value[j] = value_codes(load<Bytes>(from + kRegisterBytes * j));
+        for (int q = 0; q < Queries; ++q) {
+            const int32_t four = four_digits(own + size_t(q) * kPanelKeys);
+            for (int j = 0; j < Wide; ++j) sum[q][j] = add_values(sum[q][j], value[j], four);
         }
     }
     for (int j = 0; j < Wide; ++j) {
@@ -171,9 +221,11 @@ void multiply_panel(const uint8_t* codes, const float* ranges, int dim, uint32_t
         for (size_t range = 0; range < kRanges; ++range) {
             const uint32_t here = words >> (range * kWords) & ((1u << kWords) - 1);
             if (!here) continue;
+            uint32_t fours[kRangeKeys / 4 + 16];
+            const size_t found = fours_with_digits<kQueries>(digits + range * kRangeKeys, here, fours);
             const auto strip = [&](auto registers, int at) {
                 multiply_strip<kQueries, decltype(registers)::value>(
-                    codes + range * kRangeKeys * wide, ranges + range * (3 * wide + 1), wide, at, here,
+                    codes + range * kRangeKeys * wide, ranges + range * (3 * wide + 1), wide, at, fours, found,
                     digits + range * kRangeKeys, units, digit_sums + range, accumulators, stride);
             };
             int at = 0;
