@@ -259,12 +259,12 @@ def test_attention_arrays(attention, q, k, v, error, message):
         (
             dict(mask=np.ones((3, 5), bool)),
             ValueError,
-            "mask must have shape [1 or 1, 3 or 1, 5] (batch, queries, keys), got (3, 5)",
+            "mask must have shape [1, 3 or 1, 5] (batch, queries, keys), got (3, 5)",
         ),
         (
             dict(mask=np.ones((1, 3, 4), bool)),
             ValueError,
-            "mask must have shape [1 or 1, 3 or 1, 5] (batch, queries, keys), got (1, 3, 4)",
+            "mask must have shape [1, 3 or 1, 5] (batch, queries, keys), got (1, 3, 4)",
         ),
     ],
 )
@@ -391,3 +391,53 @@ def test_odd_shapes_never_crash(q, k, same, dtype, layout, causal, relu):
             assert re.match(r"(keys|queries) must ", str(error)), str(error)
         else:
             assert report.counts.tolist() == [k[0]] * q[0]
+
+
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        (lambda: hsr.SoftmaxPolicy(exact="no"), "exact"),
+        (lambda: hsr.SoftmaxPolicy(certify=None), "certify"),
+        (lambda: hsr.softmax_attention(Q, K, V, exact=1), "exact"),
+        (lambda: hsr.softmax_attention(Q, K, V, is_causal="no"), "is_causal"),
+        (lambda: hsr.softmax_attention(Q, K, V, return_certificate="no"), "return_certificate"),
+        (lambda: hsr.relu_attention(Q, K, V, threshold=0, is_causal=0), "is_causal"),
+        (lambda: hsr.relu_attention(Q, K, V, threshold=0, index="flat", is_causal=0), "is_causal"),
+    ],
+)
+def test_flags_are_truth_values(call, name):
+    with pytest.raises(TypeError, match=rf"{name} must be True or False, got "):
+        call()
+
+
+def test_numpy_truth_values_are_flags():
+    assert hsr.SoftmaxPolicy(exact=np.True_).tail == "drop"
+
+
+@pytest.mark.parametrize("index", [None, "flat"])
+def test_a_mask_may_have_a_head_axis(index):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, h, n, 4), np.float32) for h, n in ((4, 3), (2, 9), (2, 9)))
+    mask = rng.random((2, 1, 3, 9)) < 0.7
+    options = {"threshold": 0.0, "index": index}
+    found = hsr.relu_attention(q, k, v, mask=mask, **options)
+    np.testing.assert_array_equal(found, hsr.relu_attention(q, k, v, mask=mask[:, 0], **options))
+    with pytest.raises(ValueError, match=r"mask must have shape \[2 or 1, 3 or 1, 9\]"):
+        hsr.relu_attention(q, k, v, mask=mask.repeat(2, axis=1), **options)
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("index", [None, "flat"])
+def test_gradients_are_refused(name, index):
+    torch = pytest.importorskip("torch")
+    tensors = {n: torch.randn(1, 1, 6, 4) for n in "qkv"}
+    tensors[name].requires_grad_()
+    for attend in (
+        lambda: hsr.softmax_attention(**tensors, index=index),
+        lambda: hsr.relu_attention(**tensors, threshold=0.0, index=index),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
+            attend()
+        with torch.no_grad():
+            assert attend().shape == (1, 1, 6, 4)

@@ -264,19 +264,42 @@ def attention_thresholds(array: Any, shape: tuple[int, ...]) -> NDArray[np.float
 
 
 def key_mask(mask: Any, batch: int, m: int, n: int) -> NDArray[np.uint8]:
-    """Check a boolean mask (true: may be seen), ``[batch or 1, m or 1, n]``."""
+    """Check a boolean mask (true: may be seen), ``[batch or 1, m or 1, n]``, or ``[batch or 1, 1, ...]``."""
     values = np.asarray(mask.detach() if is_torch(mask) else mask)
+    if values.ndim == 4 and values.shape[1] == 1:
+        values = values[:, 0]
     if values.dtype != np.bool_:
         raise TypeError(f"mask must be boolean, got {values.dtype}")
     fits = values.ndim == 3 and values.shape[0] in (1, batch) and values.shape[1] in (1, m)
     if not fits or values.shape[2] != n:
         raise ValueError(
-            f"mask must have shape [{batch} or 1, {m} or 1, {n}] (batch, queries, keys), "
+            f"mask must have shape [{_or_one(batch)}, {_or_one(m)}, {n}] (batch, queries, keys), "
             f"got {values.shape}"
         )
     if values.strides[2] != 1:
         values = np.ascontiguousarray(values)
     return values.view(np.uint8)
+
+
+def _or_one(size: int) -> str:
+    return "1" if size == 1 else f"{size} or 1"
+
+
+def flag(name: str, value: Any) -> bool:
+    """Check a truth value."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def without_gradients(**arrays: Any) -> None:
+    """Refuse tensors that want a gradient where torch would record one: there is none."""
+    for name, array in arrays.items():
+        if is_torch(array) and array.requires_grad and sys.modules["torch"].is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require a gradient, for this attention has none, got a tensor that "
+                "does; call it under torch.no_grad(), or detach the tensor"
+            )
 
 
 def positive_integer(name: str, value: Any) -> int:

@@ -247,6 +247,7 @@ class KVCache:
             Rows that may see no key are zero.
         """
         queries = arguments.heads("q", q)
+        return_certificate = arguments.flag("return_certificate", return_certificate)
         if self._layer is None:
             raise ValueError("the cache must hold keys before it can be attended to, got 0")
         m, n = queries.shape[2], len(self) if tokens is None else tokens

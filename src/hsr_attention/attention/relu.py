@@ -6,6 +6,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from hsr_attention import arguments
 from hsr_attention.attention.indexed import attend_over
 from hsr_attention.policies import ReLUPolicy
 from hsr_attention.prefill import attend_once
@@ -47,7 +48,7 @@ def relu_attention(
         1 / sqrt(head_dim) by default.
     is_causal : bool
         Query i sees keys 0 .. i (aligned at the start, as in torch).
-    mask : bool [batch or 1, m or 1, n], optional
+    mask : bool [batch or 1, m or 1, n], or the same with a head axis of 1, optional
         True where a key may be seen.
     index : str, HalfspaceIndex, or [batch][kv_heads] of them, optional
         For heads of few dimensions; see ``softmax_attention``.
@@ -67,6 +68,9 @@ def relu_attention(
         For dtypes that differ or are not supported, or no threshold.
     """
     policy = ReLUPolicy(threshold=threshold, power=power)  # type: ignore[arg-type]
+    arguments.without_gradients(q=q, k=k, v=v)
+    for name, value in (("is_causal", is_causal), ("return_certificate", return_certificate)):
+        arguments.flag(name, value)
     options = (policy, q, k, v, scale, is_causal, mask, return_certificate)
     out, certificate = attend_once(*options) if index is None else attend_over(index, *options)
     return (out, certificate) if return_certificate else out

@@ -6,6 +6,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from hsr_attention import arguments
 from hsr_attention.attention.certificate import Certificate
 from hsr_attention.attention.indexed import attend_over
 from hsr_attention.policies import SoftmaxPolicy
@@ -57,7 +58,7 @@ def softmax_attention(
         1 / sqrt(head_dim) by default.
     is_causal : bool
         Query i sees keys 0 .. i (aligned at the start, as in torch).
-    mask : bool [batch or 1, m or 1, n], optional
+    mask : bool [batch or 1, m or 1, n], or the same with a head axis of 1, optional
         True where a key may be seen.
     index : str, HalfspaceIndex, or [batch][kv_heads] of them, optional
         For heads of few dimensions: attend to what an index reports, at full precision, and drop
@@ -79,7 +80,8 @@ def softmax_attention(
     Raises
     ------
     ValueError
-        For shapes, ranges, two rules at once, or numbers that are not finite.
+        For shapes, ranges, two rules at once, numbers that are not finite, or tensors that require a
+        gradient where torch would record one.
     TypeError
         For dtypes that differ or are not supported.
     """
@@ -90,6 +92,9 @@ def softmax_attention(
         tail=tail,
         exact=exact,
     )
+    arguments.without_gradients(q=q, k=k, v=v)
+    for name, value in (("is_causal", is_causal), ("return_certificate", return_certificate)):
+        arguments.flag(name, value)
     options = (policy, q, k, v, scale, is_causal, mask, return_certificate)
     out, certificate = attend_once(*options) if index is None else attend_over(index, *options)
     return (out, certificate) if return_certificate else out

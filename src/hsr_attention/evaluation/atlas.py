@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 
 from hsr_attention.evaluation import capture, output_error
 from hsr_attention.kv_cache import KVCache
-from hsr_attention.policies import SoftmaxPolicy
+from hsr_attention.policies import DEFAULT_EPSILON, SoftmaxPolicy
 
 SHARES = (0.9, 0.99, 0.999)
 SINKS, RECENT = 4, 64
 QUERIES = 32
+DEFAULT = f"epsilon={DEFAULT_EPSILON}"
 POLICIES: dict[str, SoftmaxPolicy] = {
     "epsilon=0.1": SoftmaxPolicy(epsilon=0.1),
-    "epsilon=0.03": SoftmaxPolicy(epsilon=0.03),
+    DEFAULT: SoftmaxPolicy(),
     "epsilon=0.01": SoftmaxPolicy(epsilon=0.01),
     "top_r=64": SoftmaxPolicy(top_r=64),
     "top_r=64, drop": SoftmaxPolicy(top_r=64, tail="drop"),
 }
-DEFAULT = "epsilon=0.03"
 
 
 def analyse_layer(
@@ -113,15 +113,23 @@ def _policies(
     policies: dict[str, SoftmaxPolicy],
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    n, m = k.shape[1], q.shape[1]
     cache = KVCache(SoftmaxPolicy())  # a policy that codes values, so that it can serve all
     cache.append(k[None], v[None])
     for name, policy in policies.items():
         cache.use_policy(policy)
-        out, certificate = cache.attend(q[None].contiguous(), scale, return_certificate=True)
-        error = output_error.largest_error(out[0].double().numpy(), exact)
-        bound = certificate.error_bound[0].astype(np.float64)
+        answers = [
+            cache.attend(
+                q[None, :, i : i + 1], scale, tokens=n - m + i + 1, return_certificate=True
+            )
+            for i in range(m)
+        ]  # one position after another, as decoding does: many at once are answered as a prompt
+        out = np.concatenate([x[0].double().numpy() for x, _ in answers], axis=1)
+        error = output_error.largest_error(out, exact)
+        bound = np.concatenate([c.error_bound[0] for _, c in answers], axis=1).astype(np.float64)
+        density = np.concatenate([c.density[0] for _, c in answers], axis=1)
         found[name] = {
-            "density": certificate.density[0].mean(axis=1).tolist(),
+            "density": density.mean(axis=1).tolist(),
             "bound": (np.median(bound, axis=1) / biggest).tolist(),
             "error": (error.mean(axis=1) / biggest).tolist(),
             "rows": int(bound.size),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hsr_attention.evaluation import retrieval
-from hsr_attention.evaluation.atlas import POLICIES
+from hsr_attention.evaluation.atlas import DEFAULT, POLICIES
 from hsr_attention.experiments import figures
 from hsr_attention.experiments.growth import table
 from hsr_attention.experiments.workbench import Workbench
@@ -30,10 +30,7 @@ succeeds.
 """
 CASES: dict[str, SoftmaxPolicy | None] = {
     "dense": None,
-    **{
-        name: POLICIES[name]
-        for name in ("epsilon=0.03", "epsilon=0.1", "top_r=64", "top_r=64, drop")
-    },
+    **{name: POLICIES[name] for name in (DEFAULT, "epsilon=0.1", "top_r=64", "top_r=64, drop")},
     "top_r=16, drop": SoftmaxPolicy(top_r=16, tail="drop"),
 }
 

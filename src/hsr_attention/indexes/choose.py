@@ -42,12 +42,15 @@ SKETCH_FROM_DIM = 16  # below, the codes of a sketch are hardly shorter than the
 
 @functools.cache
 def scan_seconds_per_float() -> float:
-    """Measure this machine once: seconds a float of a scan, beyond the second-level cache."""
+    """Measure this machine once: seconds a float of a scan, beyond the second-level cache.
+
+    The best of several runs, some of which other work on the machine may slow tenfold.
+    """
     rows = np.ones((1 << 18, 4), np.float32)
     index = FlatIndex(rows)
     query = np.ones((1, 4), np.float32)
     times = []
-    for _ in range(4):
+    for _ in range(20):
         start = time.perf_counter()
         index.count(query, np.inf)
         times.append(time.perf_counter() - start)
