@@ -36,7 +36,7 @@ class SoftmaxPolicy:
         ``tail_epsilon`` of the mass (of ``epsilon`` under that rule); or drop them, as the paper.
         With "drop" the exact set is decided by full-precision logits, with "sketch" by 8-bit ones.
     exact : bool
-        Everything that is kept is read at full precision ; ``tail`` is then "drop", whatever it was.
+        Everything that is kept is read at full precision; ``tail`` is then "drop", whatever it was.
     exact_share : float in (0, 1)
         Rule ``epsilon`` with a sketched tail: keys above this share of the mass are read at full
         precision. Smaller is more accurate and slower.

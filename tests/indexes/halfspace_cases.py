@@ -139,3 +139,12 @@ def random_history(make_index, dimensions, rng, sizes, steps=3):
             index.delete(gone)
             alive[gone] = False
         assert_exact(index, keys, alive, rng)
+
+
+def assert_reports(index, queries, limits, table):
+    """Return the report, which holds exactly the keys whose scores in ``table`` reach the limits."""
+    report, counts = index.report(queries, limits), index.count(queries, limits)
+    for i, (found, _) in enumerate(report):
+        np.testing.assert_array_equal(found, np.flatnonzero(table[i] >= limits[i]))
+        assert counts[i] == len(found)
+    return report

@@ -5,7 +5,14 @@ import sys
 
 import numpy as np
 import pytest
-from halfspace_cases import GEOMETRIES, assert_exact, make_keys, random_history, scores
+from halfspace_cases import (
+    GEOMETRIES,
+    assert_exact,
+    assert_reports,
+    make_keys,
+    random_history,
+    scores,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,9 +164,7 @@ def test_every_line_through_two_points_of_a_grid():
         index = make(keys)
         for step in (0, 10, 70, 140):
             limits = np.sort(table, axis=1)[:, step]
-            report = index.report(queries, limits)
-            for i, (found, _) in enumerate(report):
-                np.testing.assert_array_equal(found, np.flatnonzero(table[i] >= limits[i]))
+            assert_reports(index, queries, limits, table)
 
 
 def test_nearly_convex_layers():
@@ -322,10 +327,7 @@ def test_convex_layers_leave_out_children_without_a_reported_key():
         table = scores(queries, keys)
         for k in (1, 100, 3000):
             limits = np.sort(table, axis=1)[:, -k]
-            report, counts = index.report(queries, limits), index.count(queries, limits)
-            for i, (found, _) in enumerate(report):
-                np.testing.assert_array_equal(found, np.flatnonzero(table[i] >= limits[i]))
-                assert counts[i] == len(found)
+            report = assert_reports(index, queries, limits, table)
             assert k != 100 or report.work.nodes_visited <= 8 * len(queries)
 
 
@@ -340,10 +342,7 @@ def test_a_layer_that_is_reported_nearly_whole(share):
     queries = np.column_stack([np.cos(turn[::37]), np.sin(turn[::37])]).astype(np.float32)
     table = scores(queries, keys)
     limits = np.quantile(table[:, :2000], 1 - share, axis=1)
-    report, counts = index.report(queries, limits), index.count(queries, limits)
-    for i, (found, _) in enumerate(report):
-        np.testing.assert_array_equal(found, np.flatnonzero(table[i] >= limits[i]))
-        assert counts[i] == len(found)
+    assert_reports(index, queries, limits, table)
 
 
 @pytest.mark.parametrize("d", [2, 3, 4])
@@ -395,9 +394,7 @@ def test_queries_that_fall_behind_scan_the_rest_together():
     table = scores(queries, keys)
     for k in (60, 600, 3000):
         limits = np.sort(table, axis=1)[:, -k]
-        report = PartitionTreeIndex(keys).report(queries, limits)
-        for i, (found, _) in enumerate(report):
-            np.testing.assert_array_equal(found, np.flatnonzero(table[i] >= limits[i]))
+        assert_reports(PartitionTreeIndex(keys), queries, limits, table)
 
 
 def test_cuttings_have_levels_and_use_them():

@@ -6,10 +6,8 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from hsr_attention import arguments
-from hsr_attention.attention.indexed import attend_over
+from hsr_attention.attention.call import attend
 from hsr_attention.policies import ReLUPolicy
-from hsr_attention.prefill import attend_once
 from hsr_attention.thresholds import ThresholdRule
 
 
@@ -63,14 +61,10 @@ def relu_attention(
     Raises
     ------
     ValueError
-        For shapes, ranges, a threshold of -inf or NaN, or numbers that are not finite.
+        For shapes, ranges, a threshold of -inf or NaN, numbers that are not finite, or tensors that
+        require a gradient where torch would record one.
     TypeError
         For dtypes that differ or are not supported, or no threshold.
     """
     policy = ReLUPolicy(threshold=threshold, power=power)  # type: ignore[arg-type]
-    arguments.without_gradients(q=q, k=k, v=v)
-    for name, value in (("is_causal", is_causal), ("return_certificate", return_certificate)):
-        arguments.flag(name, value)
-    options = (policy, q, k, v, scale, is_causal, mask, return_certificate)
-    out, certificate = attend_once(*options) if index is None else attend_over(index, *options)
-    return (out, certificate) if return_certificate else out
+    return attend(policy, q, k, v, scale, is_causal, mask, index, return_certificate)

@@ -6,11 +6,9 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from hsr_attention import arguments
+from hsr_attention.attention.call import attend
 from hsr_attention.attention.certificate import Certificate
-from hsr_attention.attention.indexed import attend_over
 from hsr_attention.policies import SoftmaxPolicy
-from hsr_attention.prefill import attend_once
 
 
 def softmax_attention(
@@ -92,12 +90,7 @@ def softmax_attention(
         tail=tail,
         exact=exact,
     )
-    arguments.without_gradients(q=q, k=k, v=v)
-    for name, value in (("is_causal", is_causal), ("return_certificate", return_certificate)):
-        arguments.flag(name, value)
-    options = (policy, q, k, v, scale, is_causal, mask, return_certificate)
-    out, certificate = attend_once(*options) if index is None else attend_over(index, *options)
-    return (out, certificate) if return_certificate else out
+    return attend(policy, q, k, v, scale, is_causal, mask, index, return_certificate)
 
 
 __all__ = ["Certificate", "softmax_attention"]

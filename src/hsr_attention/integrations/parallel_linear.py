@@ -70,9 +70,8 @@ class _Forward:
     def __init__(self, layer: torch.nn.Linear, parts: int) -> None:
         self.layer = layer
         self.parts = parts
-        self.address = (
-            0  # of the weight that `columns` is a view of, which keeps its memory from others
-        )
+        # Of the weight that `columns` is a view of; while it is, no other can stand there.
+        self.address = 0
         self.columns: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
