@@ -12,8 +12,16 @@ namespace {
 
 constexpr int32_t kLeaf = 128;     // points that are scanned without a layer
 constexpr int32_t kScanned = 384;  // vertices of a layer that are scanned
-constexpr int kLayers = 24;        // most layers in a node
+constexpr int kLayers = 24;        // most layers in a node that is scanned
+constexpr int32_t kMerged = 8;     // most layers in one that is searched: a byte each
+constexpr int64_t kGap = 128;      // positions of these layers in a row, one of them at least of each layer
 constexpr int32_t kSampled = 4;    // every kSampled-th entry of a child's catalogue is in its parent's
+// A vertex that is below the threshold by this times |q| M is outside with all beyond it in its layer, seen from the
+// query's angle, M the largest coordinate. An angle and the query's are each off by at most 2^-51 (an ulp of pi, for
+// atan2) and 2^-54 (for differences), so edges between the vertex and the extreme one that rise away from the query
+// have normals within 2^-49 of it. Together they rise by at most 2^-49 |q| times the diameter 2 sqrt(2) M; a score is
+// rounded by 2^-53 sqrt(2) |q| M. Twice that.
+constexpr double kAngleSlack = 0x1p-46;
 constexpr double kScanShare = 0.15, kHitCost = 4.0, kNodeCost = 25.0, kKeyCost = 0.7;  // see partition_tree.cpp
 
 }  // namespace
@@ -46,21 +54,35 @@ struct ConvexLayers::Builder {
             for (int64_t i = begin; i < end; ++i) place(points[size_t(i)]);
             end = begin;
         }
-        for (int layer = 0; begin < end && layer < kLayers; ++layer) {
+        std::vector<Vertex> ring;
+        for (int layer = 0; begin < end && layer < (node.searched ? kMerged : kLayers); ++layer) {
             const int64_t held = int64_t(owner.order_.size()) - node.begin;
             if (held >= kScanned * 3 / 4) break;
             peel(begin, end);
             if (layer == 0) fence = enclose();
             const bool large = vertices.size() > size_t(kScanned);
-            if (large && layer > 0) {  // a large layer has a node of its own
+            // A large layer has a node of its own, or with others like it.
+            const bool searched = layer == 0 ? large : node.searched > 0;
+            if (searched ? !merge(ring, vertices, layer) : large) {
                 std::fill(taken.begin() + begin, taken.begin() + end, uint8_t(0));
                 break;
             }
-            node.searched = large;
-            node.inner = int64_t(owner.order_.size());
-            for (const Point& vertex : vertices) place(vertex);
+            if (searched) {
+                ++node.searched;
+            } else {
+                node.inner = int64_t(owner.order_.size());
+                for (const Point& vertex : vertices) place(vertex);
+            }
             end = remove(begin, end);
-            if (large) break;
+        }
+        std::vector<double> own;
+        own.reserve(ring.size());
+        for (const Vertex& vertex : ring) {
+            const size_t block = owner.order_.size() / kLanes;
+            owner.lanes_.resize(block + 1);
+            owner.lanes_[block] |= uint64_t(1) << (kLanes * vertex.layer + int(owner.order_.size() % kLanes));
+            place(vertex.point);
+            own.push_back(vertex.angle);
         }
         node.end = int64_t(owner.order_.size());
         while (owner.order_.size() % kLanes) owner.order_.push_back(-1);  // nodes start at a block
@@ -69,9 +91,9 @@ struct ConvexLayers::Builder {
             node.child[0] = build(begin, middle);
             if (middle < end) node.child[1] = build(middle, end);
         }
+        link(node, own);
         owner.nodes_[size_t(index)] = node;
         fences[size_t(index)] = fence;
-        link(owner.nodes_[size_t(index)]);
         return index;
     }
 
@@ -210,31 +232,41 @@ struct ConvexLayers::Builder {
         return kept;
     }
 
-    // Entry i of a searched layer is the angle of the outward normal of the edge that leaves vertex i; vertices are
-    // rotated so that the angles ascend. Vertex i is extreme between entry i - 1 and entry i.
-    void own_angles(const Node& node, std::vector<double>& own) {
-        const int64_t n = node.end - node.begin;
-        own.resize(size_t(n));
-        const auto fill = [&] {
-            for (int64_t i = 0; i < n; ++i) {
-                const float* a = &placed[size_t(2 * (node.begin + i))];
-                const float* b = &placed[size_t(2 * (node.begin + (i + 1) % n))];
-                own[size_t(i)] = std::atan2(double(a[0]) - b[0], double(b[1]) - a[1]);
-            }
-        };
-        fill();
-        const int64_t first = std::min_element(own.begin(), own.end()) - own.begin();
-        std::rotate(owner.order_.begin() + node.begin, owner.order_.begin() + node.begin + first,
-                    owner.order_.begin() + node.end);
-        std::rotate(placed.begin() + 2 * node.begin, placed.begin() + 2 * (node.begin + first),
-                    placed.begin() + 2 * node.end);
-        fill();
-        for (size_t i = 1; i < own.size(); ++i) own[i] = std::max(own[i], own[i - 1]);  // rounding of atan2
+    // A vertex of a searched layer, with the angle of the outward normal of the edge that leaves it, as it is rounded:
+    // ascending around the layer. A vertex is extreme between its predecessor's angle and its own.
+    struct Vertex {
+        double angle;
+        Point point;
+        int layer;
+    };
+    // Merges the layer in `vertices` into the others, or says that vertices of a layer would be too far apart.
+    static bool merge(std::vector<Vertex>& ring, const std::vector<Point>& vertices, int layer) {
+        const size_t n = vertices.size();
+        if (layer > 0 && n * size_t(kGap) < ring.size() + n) return false;
+        std::vector<Vertex> own(n), merged(ring.size() + n);
+        for (size_t i = 0; i < n; ++i) {
+            const Point &a = vertices[i], &b = vertices[i + 1 == n ? 0 : i + 1];
+            own[i] = {std::atan2(double(a.x) - b.x, double(b.y) - a.y), a, layer};
+        }
+        const auto less = [](const Vertex& a, const Vertex& b) { return a.angle < b.angle; };
+        std::rotate(own.begin(), std::min_element(own.begin(), own.end(), less), own.end());
+        for (size_t i = 1; i < n; ++i) own[i].angle = std::max(own[i].angle, own[i - 1].angle);  // rounding of atan2
+        std::merge(ring.begin(), ring.end(), own.begin(), own.end(), merged.begin(), less);
+        const int64_t total = int64_t(merged.size());
+        int64_t last[kMerged];
+        std::fill_n(last, kMerged, -1);
+        for (int64_t i = 0; layer > 0 && i < 2 * total; ++i) {
+            int64_t& before = last[merged[size_t(i % total)].layer];
+            if (before >= 0 && i - before > kGap) return false;
+            before = i;
+        }
+        ring.swap(merged);
+        return true;
     }
 
-    void link(Node& node) {
-        std::vector<double> own, merged;
-        if (node.searched) own_angles(node, own);
+    // The catalogue of a node whose children have theirs. `own` ascends.
+    void link(Node& node, const std::vector<double>& own) {
+        std::vector<double> merged;
         const double* sources[3] = {own.data(), nullptr, nullptr};
         int32_t lengths[3] = {int32_t(own.size()), 0, 0};
         merged = own;
@@ -243,10 +275,11 @@ struct ConvexLayers::Builder {
             const Node& child = owner.nodes_[size_t(node.child[c])];
             sources[c + 1] = owner.angles_.data() + child.catalogue;
             lengths[c + 1] = child.entries;
+            const auto held = std::ptrdiff_t(merged.size());
             for (int32_t i = 0; i < child.entries; i += kSampled) merged.push_back(sources[c + 1][i]);
+            std::inplace_merge(merged.begin(), merged.begin() + held, merged.end());
         }
         if (merged.empty()) return;
-        std::sort(merged.begin(), merged.end());
         node.entries = int32_t(merged.size());
         std::vector<Link> links;
         int32_t below[3] = {};
@@ -277,6 +310,7 @@ ConvexLayers::ConvexLayers(int64_t size, const float* keys, const int64_t* ids) 
             if (nodes_[i].child[c] >= 0)
                 std::copy_n(builder.fences[size_t(nodes_[i].child[c])].corners, 2 * kCorners,
                             fences_.data() + i * kFences + c * 2 * kCorners);
+    if (!lanes_.empty()) lanes_.resize(positions / kLanes);
     fence_slack_ = builder.lost + 64 * kUnit * largest();
 }
 
@@ -302,22 +336,6 @@ int32_t ConvexLayers::follow(const Node& child, int32_t entry, double angle) con
     return entry;
 }
 
-// The vertex with the largest exact score, from the i-th, where the angle says, corrected by exact comparisons.
-int64_t ConvexLayers::extreme(const Node& node, int64_t i, const Query& query) const {
-    const int64_t n = node.end - node.begin;
-    const auto at = [&](int64_t i) {
-        const int64_t p = node.begin + i;
-        return blocks_.data() + p / kLanes * 2 * kLanes + p % kLanes;
-    };
-    const auto rises = [&](int64_t from, int64_t to) {
-        const float *a = at(from), *b = at(to);
-        return compare_along(query.q[0], query.q[1], a[0], a[kLanes], b[0], b[kLanes]) > 0;
-    };
-    while (rises(i, (i + 1) % n)) i = (i + 1) % n;
-    while (rises(i, (i + n - 1) % n)) i = (i + n - 1) % n;
-    return node.begin + i;
-}
-
 // One query on its way down. A node is reached in stages, each of which asks for the memory of the next; several
 // queries take turns, so that it has come by then.
 struct ConvexLayers::Walk {
@@ -328,6 +346,7 @@ struct ConvexLayers::Walk {
     const Query* query;
     double threshold, angle, budget;
     double outside;        // a child with all corners of its fence below this is
+    double closing;        // a vertex below this is outside, and so are those beyond it in its layer
     Search wanted, plain;  // without a screen
     Growable<PackedHit>* hits;
     int number;  // of the query in its tile
@@ -345,6 +364,7 @@ void ConvexLayers::start(Walk& walk, const Query& query, double threshold, Growa
     walk.threshold = threshold;
     // Between two sides of a fence a query is a sum of their directions with weights that are together at most 1.5 |q|.
     walk.outside = threshold - 1.5 * query.norm2 * fence_slack_;
+    walk.closing = threshold - kAngleSlack * query.norm2 * largest();
     walk.budget = kScanShare * double(size()) * kKeyCost;
     walk.wanted = walk.plain = search(query, threshold);
     walk.plain.query32 = nullptr;
@@ -359,6 +379,7 @@ void ConvexLayers::start(Walk& walk, const Query& query, double threshold, Growa
 
 bool ConvexLayers::step(Walk& walk, Counters& counters) const {
     constexpr int64_t kLine = 16;  // floats of a cache line
+    constexpr int64_t kNear = 4;   // blocks on either side of the angle
     if (walk.stage == Walk::kNode) {
         if (!walk.top) return false;
         walk.now = walk.stack[--walk.top];
@@ -383,12 +404,13 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
         if (node.entries) walk.now.entry = follow(node, walk.now.entry, walk.angle);
         if (node.searched) {
             walk.vertex = link(node, walk.now.entry).own;
-            if (walk.vertex == node.end - node.begin) walk.vertex = 0;
             const int64_t block = (node.begin + walk.vertex) / kLanes;
-            for (int64_t near = block - 1; near <= block + 1; ++near)
+            for (int64_t near = block - kNear; near <= block + kNear; ++near)
                 __builtin_prefetch(blocks_.data() + near * 2 * kLanes);
-            __builtin_prefetch(order_.data() + (block - 1) * kLanes);
-            __builtin_prefetch(order_.data() + (block + 1) * kLanes);
+            for (int64_t near = block - kNear; near <= block + kNear; near += 2)
+                __builtin_prefetch(order_.data() + near * kLanes);
+            for (int64_t near = block - kNear; near <= block + kNear; near += kLanes)
+                __builtin_prefetch(lanes_.data() + near);
             walk.stage = Walk::kVertices;
             return true;
         }
@@ -396,7 +418,7 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
         counters.scored += node.end - node.begin;
         walk.budget -= kNodeCost;
     } else {
-        if (report_layer(walk, node, counters)) open_children(walk, node);
+        if (sweep_layers(walk, node, counters)) open_children(walk, node);
         walk.budget -= 2 * kNodeCost;
     }
     walk.stage = Walk::kNode;
@@ -417,40 +439,77 @@ bool ConvexLayers::scan_layers(Walk& walk, const Node& node) const {
     return same;
 }
 
-// The reported vertices, a run around the extreme one; returns how many. Most runs lie within the blocks beside the
-// vertex that the angle says.
-int64_t ConvexLayers::report_layer(Walk& walk, const Node& node, Counters& counters) const {
-    const int64_t n = node.end - node.begin, near = (node.begin + walk.vertex) / kLanes * kLanes;
-    const int64_t begin = std::max(node.begin, near - kLanes), end = std::min(node.end, near + 2 * kLanes);
-    PackedHit* const hits = walk.hits->room(size_t(end - begin + kLanes));
-    const auto found = int64_t(kernels().scan(blocks_.data(), 2, begin, end, walk.plain, order_.data(), hits));
-    counters.scored += end - begin;
-    if (!found) {
-        const int64_t top = extreme(node, walk.vertex, *walk.query);
-        const int64_t right = walk_side(walk, node, top, 1, n, counters);
-        return right ? right + walk_side(walk, node, before(node, top), -1, n - right, counters) : 0;
-    }
-    walk.hits->added(size_t(found));
-    walk.budget -= kHitCost * double(found);
-    const int64_t outside = n - (end - begin), left = walk_side(walk, node, before(node, begin), -1, outside, counters);
-    return found + left + walk_side(walk, node, after(node, end - 1), 1, outside - left, counters);
+// From where the query's angle is among a node's own.
+Sweep ConvexLayers::sweep(const Node& node, int64_t position) const {
+    Sweep sweep;
+    sweep.begin = node.begin / kLanes;
+    sweep.end = (node.end + kLanes - 1) / kLanes;
+    sweep.unseen = sweep.end - sweep.begin;
+    if (position == node.end - node.begin) position = 0;
+    sweep.next[0] = sweep.begin + position / kLanes;
+    sweep.next[1] = (sweep.next[0] == sweep.begin ? sweep.end : sweep.next[0]) - 1;
+    sweep.right = 0xffu << position % kLanes & 0xff;
+    sweep.closed[0] = sweep.closed[1] = node.searched < kMerged ? ~uint64_t(0) << kLanes * node.searched : 0;
+    sweep.reported = 0;
+    return sweep;
 }
 
-// Reports vertices from `position` on to one side, at most so many, up to one outside.
-int64_t ConvexLayers::walk_side(Walk& walk, const Node& node, int64_t position, int step, int64_t most,
+// Returns whether a vertex of the innermost layer is reported.
+bool ConvexLayers::sweep_layers(Walk& walk, const Node& node, Counters& counters) const {
+    constexpr int64_t kMost = 32;  // blocks at once
+    Sweep ring = sweep(node, walk.vertex);
+    ring.closing = walk.closing;
+    const int64_t blocks = ring.unseen;
+    do {
+        PackedHit* const hits = walk.hits->room(size_t((kMost + 1) * kLanes));
+        const size_t found =
+            kernels().sweep(blocks_.data(), lanes_.data(), ring, kMost, walk.plain, order_.data(), hits);
+        walk.hits->added(found);
+        walk.budget -= kHitCost * double(found);
+    } while ((ring.open(0) || ring.open(1)) && walk.budget >= 0);
+    counters.scored += (blocks - ring.unseen) * kLanes;
+    return ring.reported >> kLanes * (node.searched - 1) & 0xff;
+}
+
+// Offers vertices from the query's angle outwards, the better side first; returns the largest score on the innermost
+// layer.
+double ConvexLayers::top_layers(const Node& node, int64_t position, const Query& query, Best& best,
                                 Counters& counters) const {
-    for (int64_t walked = 0; walked < most; ++walked) {
-        const double found = score(position, *walk.query);
-        ++counters.scored;
-        if (!(found >= walk.threshold) || walk.budget < 0) return walked;
-        const float rounded = float(found);
-        uint32_t bits;
-        __builtin_memcpy(&bits, &rounded, 4);
-        walk.hits->push(uint64_t(uint32_t(order_[size_t(position)])) << 32 | bits);
-        walk.budget -= kHitCost;
-        position = step > 0 ? after(node, position) : before(node, position);
+    constexpr double kLeast = -std::numeric_limits<double>::infinity();
+    Sweep ring = sweep(node, position);
+    const double slack = kAngleSlack * query.norm2 * largest();
+    const int innermost = kLanes * (node.searched - 1);
+    double high = kLeast, better[2] = {-kLeast, -kLeast};
+    double scores[kLanes];
+    while (ring.open(0) || ring.open(1)) {
+        const int side = !ring.open(1) || (ring.open(0) && better[0] >= better[1]) ? 0 : 1;
+        const int64_t block = ring.next[side];
+        --ring.unseen;
+        const unsigned on_right = side == 0 ? ring.right : 0;
+        if (side == 0) {
+            ring.next[0] = block + 1 == ring.end ? ring.begin : block + 1;
+            ring.right = 0xff;
+        } else {
+            ring.next[1] = (block == ring.begin ? ring.end : block) - 1;
+        }
+        kernels().score(blocks_.data(), 2, block * kLanes, (block + 1) * kLanes, query.q.data(), scores);
+        better[side] = kLeast;
+        const uint64_t layers = lanes_[size_t(block)];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int64_t p = block * kLanes + lane;
+            if (p >= node.end) break;
+            ++counters.scored;
+            better[side] = std::max(better[side], scores[lane]);
+            if (layers >> innermost >> lane & 1) high = std::max(high, scores[lane]);
+            const int64_t position = order_[size_t(p)];
+            if (scores[lane] >= best.threshold()) {
+                if (!dead(position)) best.offer(scores[lane], id(position));
+            } else if (scores[lane] < best.threshold() - slack) {
+                ring.closed[on_right >> lane & 1 ? 0 : 1] |= layers & uint64_t(0x0101010101010101u) << lane;
+            }
+        }
     }
-    return most;
+    return high;
 }
 
 void ConvexLayers::open_children(Walk& walk, const Node& node) const {
@@ -513,27 +572,7 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
             offer_range(blocks_.data(), order_.data(), node.begin, node.end, query, best, counters);
             for (int64_t p = node.inner; p < node.end; ++p) high = std::max(high, score(p, query));
         } else {
-            // From the extreme vertex outwards on both sides, the better side first.
-            const int64_t n = node.end - node.begin;
-            int64_t left = extreme(node, link(node, visit.entry).own % n, query), right = left;
-            high = score(left, query);
-            const auto offer = [&](int64_t p) {
-                const int64_t position = order_[size_t(p)];
-                if (!dead(position)) best.offer(score(p, query), id(position));
-            };
-            offer(left);
-            double on_left = score(before(node, left), query), on_right = score(after(node, right), query);
-            for (int64_t walked = 1; walked < n; ++walked) {
-                ++counters.scored;
-                if (std::max(on_left, on_right) < best.threshold()) break;
-                if (on_left > on_right) {
-                    offer(left = before(node, left));
-                    on_left = score(before(node, left), query);
-                } else {
-                    offer(right = after(node, right));
-                    on_right = score(after(node, right), query);
-                }
-            }
+            high = top_layers(node, link(node, visit.entry).own, query, best, counters);
         }
         if (high < best.threshold()) continue;
         for (int c = 0; c < 2; ++c) {
@@ -548,7 +587,8 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
 int64_t ConvexLayers::nbytes() const {
     return StaticIndex::nbytes() +
            int64_t(nodes_.size() * sizeof(Node) + blocks_.size() * sizeof(float) + order_.size() * sizeof(int32_t) +
-                   fences_.size() * sizeof(float) + angles_.size() * sizeof(double) + links_.size() * sizeof(Link));
+                   fences_.size() * sizeof(float) + lanes_.size() * sizeof(uint64_t) + angles_.size() * sizeof(double) +
+                   links_.size() * sizeof(Link));
 }
 
 }  // namespace hsr::tree
