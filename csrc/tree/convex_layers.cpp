@@ -75,14 +75,14 @@ struct ConvexLayers::Builder {
             }
             end = remove(begin, end);
         }
-        std::vector<double> own;
-        own.reserve(ring.size());
+        std::vector<double> angles;
+        angles.reserve(ring.size());
         for (const Vertex& vertex : ring) {
             const size_t block = owner.order_.size() / kLanes;
             owner.lanes_.resize(block + 1);
             owner.lanes_[block] |= uint64_t(1) << (kLanes * vertex.layer + int(owner.order_.size() % kLanes));
             place(vertex.point);
-            own.push_back(vertex.angle);
+            angles.push_back(vertex.angle);
         }
         node.end = int64_t(owner.order_.size());
         while (owner.order_.size() % kLanes) owner.order_.push_back(-1);  // nodes start at a block
@@ -91,7 +91,7 @@ struct ConvexLayers::Builder {
             node.child[0] = build(begin, middle);
             if (middle < end) node.child[1] = build(middle, end);
         }
-        link(node, own);
+        link(node, angles);
         owner.nodes_[size_t(index)] = node;
         fences[size_t(index)] = fence;
         return index;
@@ -252,46 +252,43 @@ struct ConvexLayers::Builder {
         std::rotate(own.begin(), std::min_element(own.begin(), own.end(), less), own.end());
         for (size_t i = 1; i < n; ++i) own[i].angle = std::max(own[i].angle, own[i - 1].angle);  // rounding of atan2
         std::merge(ring.begin(), ring.end(), own.begin(), own.end(), merged.begin(), less);
-        const int64_t total = int64_t(merged.size());
-        int64_t last[kMerged];
-        std::fill_n(last, kMerged, -1);
-        for (int64_t i = 0; layer > 0 && i < 2 * total; ++i) {
-            int64_t& before = last[merged[size_t(i % total)].layer];
-            if (before >= 0 && i - before > kGap) return false;
-            before = i;
-        }
+        int64_t last[kMerged], at = 0;
+        std::fill_n(last, layer + 1, int64_t(merged.size()));
+        for (int round = 0; round < 2; ++round)
+            for (const Vertex& vertex : merged) {
+                if (++at - last[vertex.layer] > kGap) return false;
+                last[vertex.layer] = at;
+            }
         ring.swap(merged);
         return true;
     }
 
     // The catalogue of a node whose children have theirs. `own` ascends.
     void link(Node& node, const std::vector<double>& own) {
-        std::vector<double> merged;
-        const double* sources[3] = {own.data(), nullptr, nullptr};
-        int32_t lengths[3] = {int32_t(own.size()), 0, 0};
-        merged = own;
+        std::vector<double> merged = own;
+        const Entry* entries[2] = {nullptr, nullptr};
+        int32_t lengths[2] = {0, 0}, below[2] = {0, 0};
         for (int c = 0; c < 2; ++c) {
             if (node.child[c] < 0) continue;
             const Node& child = owner.nodes_[size_t(node.child[c])];
-            sources[c + 1] = owner.angles_.data() + child.catalogue;
-            lengths[c + 1] = child.entries;
+            entries[c] = owner.catalogue(child);
+            lengths[c] = child.entries;
             const auto held = std::ptrdiff_t(merged.size());
-            for (int32_t i = 0; i < child.entries; i += kSampled) merged.push_back(sources[c + 1][i]);
+            for (int32_t i = 0; i < child.entries; i += kSampled) merged.push_back(entries[c][i].angle);
             std::inplace_merge(merged.begin(), merged.begin() + held, merged.end());
         }
         if (merged.empty()) return;
         node.entries = int32_t(merged.size());
-        std::vector<Link> links;
-        int32_t below[3] = {};
-        for (size_t i = 0; i <= merged.size(); ++i) {
-            for (int s = 0; s < 3; ++s)
-                while (below[s] < lengths[s] && (i == merged.size() || sources[s][below[s]] < merged[i])) ++below[s];
-            links.push_back({below[0], {below[1], below[2]}});
+        merged.push_back(std::numeric_limits<double>::infinity());
+        std::vector<Entry> catalogue;
+        catalogue.reserve(merged.size());
+        for (const double angle : merged) {
+            for (int c = 0; c < 2; ++c)
+                while (below[c] < lengths[c] && entries[c][below[c]].angle < angle) ++below[c];
+            catalogue.push_back({angle, {below[0], below[1]}});
         }
-        node.catalogue = int64_t(owner.angles_.size());
-        owner.angles_.insert(owner.angles_.end(), merged.begin(), merged.end());
-        owner.angles_.push_back(std::numeric_limits<double>::infinity());  // keeps links and angles aligned
-        owner.links_.insert(owner.links_.end(), links.begin(), links.end());
+        node.catalogue = int64_t(owner.entries_.size());
+        owner.entries_.insert(owner.entries_.end(), catalogue.begin(), catalogue.end());
     }
 };
 
@@ -319,21 +316,25 @@ double ConvexLayers::score(int64_t position, const Query& query) const {
     return query.q[0] * at[0] + query.q[1] * at[kLanes];
 }
 
-ConvexLayers::Link ConvexLayers::link(const Node& node, int32_t entry) const {
-    return links_[size_t(node.catalogue + entry)];
-}
-
-// Entries of the catalogue that are below the angle.
+// Entries below the angle.
 int32_t ConvexLayers::locate(const Node& node, double angle) const {
-    const double* first = angles_.data() + node.catalogue;
-    return int32_t(std::lower_bound(first, first + node.entries, angle) - first);
+    const Entry* first = catalogue(node);
+    const auto below = [](const Entry& entry, double angle) { return entry.angle < angle; };
+    return int32_t(std::lower_bound(first, first + node.entries, angle, below) - first);
 }
 
-// The same, from the link of the parent: too far by fewer than kSampled entries.
+// The same, from the entry of the parent: too far by fewer than kSampled.
 int32_t ConvexLayers::follow(const Node& child, int32_t entry, double angle) const {
-    const double* first = angles_.data() + child.catalogue;
-    while (entry > 0 && !(first[entry - 1] < angle)) --entry;
+    const Entry* first = catalogue(child);
+    while (entry > 0 && !(first[entry - 1].angle < angle)) --entry;
     return entry;
+}
+
+// How many of the entries below this one, the first that is not below an angle, are of the node's own edges: the
+// others are one in kSampled of the children's.
+int32_t ConvexLayers::own(const Node& node, int32_t entry) const {
+    const Entry& at = catalogue(node)[entry];
+    return entry - (at.child[0] + kSampled - 1) / kSampled - (at.child[1] + kSampled - 1) / kSampled;
 }
 
 // One query on its way down. A node is reached in stages, each of which asks for the memory of the next; several
@@ -373,7 +374,7 @@ void ConvexLayers::start(Walk& walk, const Query& query, double threshold, Growa
     walk.stage = Walk::kNode;
     walk.top = 0;
     if (nodes_.empty()) return;
-    walk.angle = angles_.empty() ? 0 : std::atan2(query.q[1], query.q[0]);
+    walk.angle = entries_.empty() ? 0 : std::atan2(query.q[1], query.q[0]);
     walk.stack[walk.top++] = {0, locate(nodes_[0], walk.angle)};
 }
 
@@ -387,10 +388,7 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
         ++counters.nodes;
         const float* const fences = fences_.data() + size_t(walk.now.node) * kFences;
         for (size_t line = 0; line < kFences; line += kLine) __builtin_prefetch(fences + line);
-        if (node.entries) {
-            __builtin_prefetch(angles_.data() + node.catalogue + walk.now.entry);
-            __builtin_prefetch(links_.data() + node.catalogue + walk.now.entry);
-        }
+        if (node.entries) __builtin_prefetch(catalogue(node) + walk.now.entry);
         if (!node.searched) {
             const float* const points = blocks_.data() + 2 * node.begin;
             for (int line = 0; line < 4; ++line) __builtin_prefetch(points + line * kLine);
@@ -403,7 +401,7 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
     if (walk.stage == Walk::kLinks) {
         if (node.entries) walk.now.entry = follow(node, walk.now.entry, walk.angle);
         if (node.searched) {
-            walk.vertex = link(node, walk.now.entry).own;
+            walk.vertex = own(node, walk.now.entry);
             const int64_t block = (node.begin + walk.vertex) / kLanes;
             for (int64_t near = block - kNear; near <= block + kNear; ++near)
                 __builtin_prefetch(blocks_.data() + near * 2 * kLanes);
@@ -513,13 +511,13 @@ double ConvexLayers::top_layers(const Node& node, int64_t position, const Query&
 }
 
 void ConvexLayers::open_children(Walk& walk, const Node& node) const {
-    const Link below = node.entries ? link(node, walk.now.entry) : Link{0, {0, 0}};
+    const Entry at = node.entries ? catalogue(node)[walk.now.entry] : Entry{0, {0, 0}};
     const unsigned reached =
         kernels().reached(fences_.data() + size_t(walk.now.node) * kFences, walk.query->q.data(), walk.outside);
     for (int c = 0; c < 2; ++c) {
         if (node.child[c] < 0 || !(reached >> c & 1)) continue;
         __builtin_prefetch(nodes_.data() + node.child[c]);
-        walk.stack[walk.top++] = {node.child[c], below.child[c]};
+        walk.stack[walk.top++] = {node.child[c], at.child[c]};
     }
 }
 
@@ -572,13 +570,13 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
             offer_range(blocks_.data(), order_.data(), node.begin, node.end, query, best, counters);
             for (int64_t p = node.inner; p < node.end; ++p) high = std::max(high, score(p, query));
         } else {
-            high = top_layers(node, link(node, visit.entry).own, query, best, counters);
+            high = top_layers(node, own(node, visit.entry), query, best, counters);
         }
         if (high < best.threshold()) continue;
         for (int c = 0; c < 2; ++c) {
             if (node.child[c] < 0) continue;
             const Node& child = nodes_[size_t(node.child[c])];
-            const int32_t entry = child.entries ? follow(child, link(node, visit.entry).child[c], angle) : 0;
+            const int32_t entry = child.entries ? follow(child, catalogue(node)[visit.entry].child[c], angle) : 0;
             visits.push({high, node.child[c], entry});
         }
     }
@@ -587,8 +585,7 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
 int64_t ConvexLayers::nbytes() const {
     return StaticIndex::nbytes() +
            int64_t(nodes_.size() * sizeof(Node) + blocks_.size() * sizeof(float) + order_.size() * sizeof(int32_t) +
-                   fences_.size() * sizeof(float) + lanes_.size() * sizeof(uint64_t) + angles_.size() * sizeof(double) +
-                   links_.size() * sizeof(Link));
+                   fences_.size() * sizeof(float) + lanes_.size() * sizeof(uint64_t) + entries_.size() * sizeof(Entry));
 }
 
 }  // namespace hsr::tree

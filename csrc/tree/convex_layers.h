@@ -48,12 +48,13 @@ private:
         int64_t begin = 0, inner = 0, end = 0;  // positions: outer layers, then the innermost from `inner`
         int32_t child[2] = {-1, -1};
         int32_t searched = 0;  // layers that are found by angle; 0: all are scanned
-        // Its catalogue: angles of its own edges and of every fourth entry of its children's.
+        // Its catalogue: angles of its own edges and of every kSampled-th entry of its children's.
         int64_t catalogue = 0;
         int32_t entries = 0;
     };
-    struct Link {
-        int32_t own, child[2];  // entries below this one in the layer and in the children's catalogues
+    struct Entry {
+        double angle;
+        int32_t child[2];  // entries below this one in the children's catalogues
     };
     static constexpr int kCorners = 2 * kLanes;      // of a fence
     static constexpr size_t kFences = 4 * kCorners;  // floats of the fences of two children
@@ -70,7 +71,8 @@ private:
     int32_t locate(const Node& node, double angle) const;
     int32_t follow(const Node& child, int32_t entry, double angle) const;
     double score(int64_t position, const Query& query) const;
-    Link link(const Node& node, int32_t entry) const;
+    const Entry* catalogue(const Node& node) const { return entries_.data() + node.catalogue; }
+    int32_t own(const Node& node, int32_t entry) const;
 
     Lines<Node> nodes_;
     Floats blocks_;           // the points by node, in blocks of 8
@@ -78,8 +80,7 @@ private:
     Floats fences_;           // corners of polygons around the children of each node, blocks of 8
     double fence_slack_ = 0;  // by which a polygon may fall short, in any direction of length 1
     Lines<uint64_t> lanes_;   // byte l of a block: its vertices of the l-th layer searched; empty if none is
-    Lines<double> angles_;    // the catalogues
-    Lines<Link> links_;       // one more a node than entries: below everything
+    Lines<Entry> entries_;    // the catalogues, each with one more entry, above everything
 };
 
 }  // namespace hsr::tree
