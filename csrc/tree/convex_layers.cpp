@@ -16,6 +16,7 @@ constexpr int kLayers = 24;        // most layers in a node that is scanned
 constexpr int32_t kMerged = 8;     // most layers in one that is searched: a byte each
 constexpr int64_t kGap = 128;      // positions of these layers in a row, one of them at least of each layer
 constexpr int32_t kSampled = 4;    // every kSampled-th entry of a child's catalogue is in its parent's
+constexpr int32_t kPart = 4;       // entries in a part of a turn, if they were spread evenly
 // A vertex that is below the threshold by this times |q| M is outside with all beyond it in its layer, seen from the
 // query's angle, M the largest coordinate. An angle and the query's are each off by at most 2^-51 (an ulp of pi, for
 // atan2) and 2^-54 (for differences), so edges between the vertex and the extreme one that rise away from the query
@@ -308,6 +309,14 @@ ConvexLayers::ConvexLayers(int64_t size, const float* keys, const int64_t* ids) 
                 std::copy_n(builder.fences[size_t(nodes_[i].child[c])].corners, 2 * kCorners,
                             fences_.data() + i * kFences + c * 2 * kCorners);
     if (!lanes_.empty()) lanes_.resize(positions / kLanes);
+    if (!entries_.empty()) {
+        const Node& root = nodes_[0];
+        const int32_t parts = root.entries / kPart + 1;
+        parts_ = parts / kAround;
+        guide_.assign(size_t(parts) + 1, 0);
+        for (int32_t i = 0; i < root.entries; ++i) ++guide_[part(catalogue(root)[i].angle) + 1];
+        for (size_t p = 1; p < guide_.size(); ++p) guide_[p] += guide_[p - 1];
+    }
     fence_slack_ = builder.lost + 64 * kUnit * largest();
 }
 
@@ -316,11 +325,13 @@ double ConvexLayers::score(int64_t position, const Query& query) const {
     return query.q[0] * at[0] + query.q[1] * at[kLanes];
 }
 
-// Entries below the angle.
-int32_t ConvexLayers::locate(const Node& node, double angle) const {
-    const Entry* first = catalogue(node);
+// Entries of the root below the angle: `part` is monotone, so entries of lower parts are below and none of higher ones.
+int32_t ConvexLayers::locate(double angle) const {
+    if (guide_.empty()) return 0;
+    const Entry* first = catalogue(nodes_[0]);
+    const int32_t* guide = guide_.data() + part(angle);
     const auto below = [](const Entry& entry, double angle) { return entry.angle < angle; };
-    return int32_t(std::lower_bound(first, first + node.entries, angle, below) - first);
+    return int32_t(std::lower_bound(first + guide[0], first + guide[1], angle, below) - first);
 }
 
 // The same, from the entry of the parent: too far by fewer than kSampled.
@@ -340,15 +351,15 @@ int32_t ConvexLayers::own(const Node& node, int32_t entry) const {
 // One query on its way down. A node is reached in stages, each of which asks for the memory of the next; several
 // queries take turns, so that it has come by then.
 struct ConvexLayers::Walk {
-    enum Stage { kNode, kLinks, kVertices };
+    enum Stage { kGuide, kRoot, kNode, kLinks, kVertices };
     struct Visit {
         int32_t node, entry;
     };
     const Query* query;
-    double threshold, angle, budget;
-    double outside;        // a child with all corners of its fence below this is
-    double closing;        // a vertex below this is outside, and so are those beyond it in its layer
-    Search wanted, plain;  // without a screen
+    double angle, budget;
+    double outside;  // a child with all corners of its fence below this is
+    double closing;  // a vertex below this is outside, and so are those beyond it in its layer
+    Search wanted;
     Growable<PackedHit>* hits;
     int number;  // of the query in its tile
     bool scan;   // a scan is cheaper
@@ -362,25 +373,36 @@ struct ConvexLayers::Walk {
 void ConvexLayers::start(Walk& walk, const Query& query, double threshold, Growable<PackedHit>& hits) const {
     hits.clear();
     walk.query = &query;
-    walk.threshold = threshold;
     // Between two sides of a fence a query is a sum of their directions with weights that are together at most 1.5 |q|.
     walk.outside = threshold - 1.5 * query.norm2 * fence_slack_;
     walk.closing = threshold - kAngleSlack * query.norm2 * largest();
     walk.budget = kScanShare * double(size()) * kKeyCost;
-    walk.wanted = walk.plain = search(query, threshold);
-    walk.plain.query32 = nullptr;
+    walk.wanted = search(query, threshold);
     walk.hits = &hits;
     walk.scan = false;
     walk.stage = Walk::kNode;
     walk.top = 0;
     if (nodes_.empty()) return;
-    walk.angle = entries_.empty() ? 0 : std::atan2(query.q[1], query.q[0]);
-    walk.stack[walk.top++] = {0, locate(nodes_[0], walk.angle)};
+    walk.stack[walk.top++] = {0, 0};
+    walk.angle = 0;
+    if (guide_.empty()) return;
+    walk.angle = std::atan2(query.q[1], query.q[0]);
+    walk.stage = Walk::kGuide;
+    __builtin_prefetch(guide_.data() + part(walk.angle));
 }
 
 bool ConvexLayers::step(Walk& walk, Counters& counters) const {
     constexpr int64_t kLine = 16;  // floats of a cache line
     constexpr int64_t kNear = 4;   // blocks on either side of the angle
+    if (walk.stage == Walk::kGuide) {
+        __builtin_prefetch(catalogue(nodes_[0]) + guide_[part(walk.angle)]);
+        walk.stage = Walk::kRoot;
+        return true;
+    }
+    if (walk.stage == Walk::kRoot) {
+        walk.stack[0].entry = locate(walk.angle);
+        walk.stage = Walk::kNode;
+    }
     if (walk.stage == Walk::kNode) {
         if (!walk.top) return false;
         walk.now = walk.stack[--walk.top];
@@ -461,7 +483,7 @@ bool ConvexLayers::sweep_layers(Walk& walk, const Node& node, Counters& counters
     do {
         PackedHit* const hits = walk.hits->room(size_t((kMost + 1) * kLanes));
         const size_t found =
-            kernels().sweep(blocks_.data(), lanes_.data(), ring, kMost, walk.plain, order_.data(), hits);
+            kernels().sweep(blocks_.data(), lanes_.data(), ring, kMost, walk.wanted, order_.data(), hits);
         walk.hits->added(found);
         walk.budget -= kHitCost * double(found);
     } while ((ring.open(0) || ring.open(1)) && walk.budget >= 0);
@@ -559,7 +581,7 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
         bool operator<(const Visit& other) const { return high < other.high; }
     };
     std::priority_queue<Visit> visits;
-    visits.push({std::numeric_limits<double>::infinity(), 0, locate(nodes_[0], angle)});
+    visits.push({std::numeric_limits<double>::infinity(), 0, locate(angle)});
     while (!visits.empty() && !(visits.top().high < best.threshold())) {
         const Visit visit = visits.top();
         visits.pop();
@@ -585,7 +607,8 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
 int64_t ConvexLayers::nbytes() const {
     return StaticIndex::nbytes() +
            int64_t(nodes_.size() * sizeof(Node) + blocks_.size() * sizeof(float) + order_.size() * sizeof(int32_t) +
-                   fences_.size() * sizeof(float) + lanes_.size() * sizeof(uint64_t) + entries_.size() * sizeof(Entry));
+                   fences_.size() * sizeof(float) + lanes_.size() * sizeof(uint64_t) + entries_.size() * sizeof(Entry) +
+                   guide_.size() * sizeof(int32_t));
 }
 
 }  // namespace hsr::tree

@@ -10,7 +10,7 @@
 // are one node, merged in the order of these angles, if every kGap positions in a row hold a vertex of each: then
 // their runs lie together, and a sweep from the query's angle to both sides ends within kGap positions of the last
 // reported vertex. The positions of an angle in a node and in its children are linked (fractional cascading), so the
-// only binary search is at the root.
+// only binary search is at the root, in one of many parts of a turn.
 //
 // Half of these nodes would be children without a reported point. A polygon of 16 corners around each child, its
 // fence, tells most of them without a look at the child: if all corners are outside so is the child.
@@ -58,6 +58,7 @@ private:
     };
     static constexpr int kCorners = 2 * kLanes;      // of a fence
     static constexpr size_t kFences = 4 * kCorners;  // floats of the fences of two children
+    static constexpr double kAround = 6.2831853072;  // a little more than 2 pi
     struct Builder;
     struct Walk;
 
@@ -68,7 +69,8 @@ private:
     bool sweep_layers(Walk& walk, const Node& node, Counters& counters) const;
     Sweep sweep(const Node& node, int64_t position) const;
     double top_layers(const Node& node, int64_t position, const Query& query, Best& best, Counters& counters) const;
-    int32_t locate(const Node& node, double angle) const;
+    size_t part(double angle) const { return size_t((angle + kAround / 2) * parts_); }
+    int32_t locate(double angle) const;
     int32_t follow(const Node& child, int32_t entry, double angle) const;
     double score(int64_t position, const Query& query) const;
     const Entry* catalogue(const Node& node) const { return entries_.data() + node.catalogue; }
@@ -81,6 +83,8 @@ private:
     double fence_slack_ = 0;  // by which a polygon may fall short, in any direction of length 1
     Lines<uint64_t> lanes_;   // byte l of a block: its vertices of the l-th layer searched; empty if none is
     Lines<Entry> entries_;    // the catalogues, each with one more entry, above everything
+    Lines<int32_t> guide_;    // entries of the root below each of the equal parts of a turn
+    double parts_ = 0;        // of a radian
 };
 
 }  // namespace hsr::tree

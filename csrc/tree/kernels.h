@@ -98,8 +98,8 @@ struct Kernels {
     unsigned (*classify)(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame);
     // In the plane: which of two sets of 16 points has one with a score that is not below the threshold, as bits.
     unsigned (*reached)(const float* blocks, const double* query, double threshold);
-    // Goes on with a sweep, over at most so many blocks, and appends what it reports as `scan` does. `lanes` holds a
-    // byte a layer for each block: its lanes. `hits` has room for most + 1 blocks.
+    // Goes on with a sweep, over at most so many blocks, and appends what it reports as `scan` does, without a screen
+    // or exclusions. `lanes` holds a byte a layer for each block: its lanes. `hits` has room for most + 1 blocks.
     size_t (*sweep)(const float* blocks, const uint64_t* lanes, Sweep& sweep, int64_t most, const Search& search,
                     const int32_t* ids, PackedHit* hits);
     // One counting pass. The hits that are the first in their bucket (position >> shift) go to their places in the
