@@ -12,8 +12,17 @@ namespace {
 
 constexpr int32_t kLeaf = 128;     // points that are scanned without a layer
 constexpr int32_t kScanned = 384;  // vertices of a layer that are scanned
-constexpr int kLayers = 24;        // most layers in a node
+constexpr int kLayers = 24;        // most layers in a node that is scanned
+constexpr int32_t kMerged = 8;     // most layers in one that is searched: a byte each
+constexpr int64_t kGap = 128;      // positions of these layers in a row, one of them at least of each layer
 constexpr int32_t kSampled = 4;    // every kSampled-th entry of a child's catalogue is in its parent's
+constexpr int32_t kPart = 4;       // entries in a part of a turn, if they were spread evenly
+// A vertex that is below the threshold by this times |q| M is outside with all beyond it in its layer, seen from the
+// query's angle, M the largest coordinate. An angle and the query's are each off by at most 2^-51 (an ulp of pi, for
+// atan2) and 2^-54 (for differences), so edges between the vertex and the extreme one that rise away from the query
+// have normals within 2^-49 of it. Together they rise by at most 2^-49 |q| times the diameter 2 sqrt(2) M; a score is
+// rounded by 2^-53 sqrt(2) |q| M. Twice that.
+constexpr double kAngleSlack = 0x1p-46;
 constexpr double kScanShare = 0.15, kHitCost = 4.0, kNodeCost = 25.0, kKeyCost = 0.7;  // see partition_tree.cpp
 
 }  // namespace
@@ -46,21 +55,35 @@ struct ConvexLayers::Builder {
             for (int64_t i = begin; i < end; ++i) place(points[size_t(i)]);
             end = begin;
         }
-        for (int layer = 0; begin < end && layer < kLayers; ++layer) {
+        std::vector<Vertex> ring;
+        for (int layer = 0; begin < end && layer < (node.searched ? kMerged : kLayers); ++layer) {
             const int64_t held = int64_t(owner.order_.size()) - node.begin;
             if (held >= kScanned * 3 / 4) break;
             peel(begin, end);
             if (layer == 0) fence = enclose();
             const bool large = vertices.size() > size_t(kScanned);
-            if (large && layer > 0) {  // a large layer has a node of its own
+            // A large layer has a node of its own, or with others like it.
+            const bool searched = layer == 0 ? large : node.searched > 0;
+            if (searched ? !merge(ring, vertices, layer) : large) {
                 std::fill(taken.begin() + begin, taken.begin() + end, uint8_t(0));
                 break;
             }
-            node.searched = large;
-            node.inner = int64_t(owner.order_.size());
-            for (const Point& vertex : vertices) place(vertex);
+            if (searched) {
+                ++node.searched;
+            } else {
+                node.inner = int64_t(owner.order_.size());
+                for (const Point& vertex : vertices) place(vertex);
+            }
             end = remove(begin, end);
-            if (large) break;
+        }
+        std::vector<double> angles;
+        angles.reserve(ring.size());
+        for (const Vertex& vertex : ring) {
+            const size_t block = owner.order_.size() / kLanes;
+            owner.lanes_.resize(block + 1);
+            owner.lanes_[block] |= uint64_t(1) << (kLanes * vertex.layer + int(owner.order_.size() % kLanes));
+            place(vertex.point);
+            angles.push_back(vertex.angle);
         }
         node.end = int64_t(owner.order_.size());
         while (owner.order_.size() % kLanes) owner.order_.push_back(-1);  // nodes start at a block
@@ -69,9 +92,9 @@ struct ConvexLayers::Builder {
             node.child[0] = build(begin, middle);
             if (middle < end) node.child[1] = build(middle, end);
         }
+        link(node, angles);
         owner.nodes_[size_t(index)] = node;
         fences[size_t(index)] = fence;
-        link(owner.nodes_[size_t(index)]);
         return index;
     }
 
@@ -210,55 +233,63 @@ struct ConvexLayers::Builder {
         return kept;
     }
 
-    // Entry i of a searched layer is the angle of the outward normal of the edge that leaves vertex i; vertices are
-    // rotated so that the angles ascend. Vertex i is extreme between entry i - 1 and entry i.
-    void own_angles(const Node& node, std::vector<double>& own) {
-        const int64_t n = node.end - node.begin;
-        own.resize(size_t(n));
-        const auto fill = [&] {
-            for (int64_t i = 0; i < n; ++i) {
-                const float* a = &placed[size_t(2 * (node.begin + i))];
-                const float* b = &placed[size_t(2 * (node.begin + (i + 1) % n))];
-                own[size_t(i)] = std::atan2(double(a[0]) - b[0], double(b[1]) - a[1]);
+    // A vertex of a searched layer, with the angle of the outward normal of the edge that leaves it, as it is rounded:
+    // ascending around the layer. A vertex is extreme between its predecessor's angle and its own.
+    struct Vertex {
+        double angle;
+        Point point;
+        int layer;
+    };
+    // Merges the layer in `vertices` into the others, or says that vertices of a layer would be too far apart.
+    static bool merge(std::vector<Vertex>& ring, const std::vector<Point>& vertices, int layer) {
+        const size_t n = vertices.size();
+        if (layer > 0 && n * size_t(kGap) < ring.size() + n) return false;
+        std::vector<Vertex> own(n), merged(ring.size() + n);
+        for (size_t i = 0; i < n; ++i) {
+            const Point &a = vertices[i], &b = vertices[i + 1 == n ? 0 : i + 1];
+            own[i] = {std::atan2(double(a.x) - b.x, double(b.y) - a.y), a, layer};
+        }
+        const auto less = [](const Vertex& a, const Vertex& b) { return a.angle < b.angle; };
+        std::rotate(own.begin(), std::min_element(own.begin(), own.end(), less), own.end());
+        for (size_t i = 1; i < n; ++i) own[i].angle = std::max(own[i].angle, own[i - 1].angle);  // rounding of atan2
+        std::merge(ring.begin(), ring.end(), own.begin(), own.end(), merged.begin(), less);
+        int64_t last[kMerged], at = 0;
+        std::fill_n(last, layer + 1, int64_t(merged.size()));
+        for (int round = 0; round < 2; ++round)
+            for (const Vertex& vertex : merged) {
+                if (++at - last[vertex.layer] > kGap) return false;
+                last[vertex.layer] = at;
             }
-        };
-        fill();
-        const int64_t first = std::min_element(own.begin(), own.end()) - own.begin();
-        std::rotate(owner.order_.begin() + node.begin, owner.order_.begin() + node.begin + first,
-                    owner.order_.begin() + node.end);
-        std::rotate(placed.begin() + 2 * node.begin, placed.begin() + 2 * (node.begin + first),
-                    placed.begin() + 2 * node.end);
-        fill();
-        for (size_t i = 1; i < own.size(); ++i) own[i] = std::max(own[i], own[i - 1]);  // rounding of atan2
+        ring.swap(merged);
+        return true;
     }
 
-    void link(Node& node) {
-        std::vector<double> own, merged;
-        if (node.searched) own_angles(node, own);
-        const double* sources[3] = {own.data(), nullptr, nullptr};
-        int32_t lengths[3] = {int32_t(own.size()), 0, 0};
-        merged = own;
+    // The catalogue of a node whose children have theirs. `own` ascends.
+    void link(Node& node, const std::vector<double>& own) {
+        std::vector<double> merged = own;
+        const Entry* entries[2] = {nullptr, nullptr};
+        int32_t lengths[2] = {0, 0}, below[2] = {0, 0};
         for (int c = 0; c < 2; ++c) {
             if (node.child[c] < 0) continue;
             const Node& child = owner.nodes_[size_t(node.child[c])];
-            sources[c + 1] = owner.angles_.data() + child.catalogue;
-            lengths[c + 1] = child.entries;
-            for (int32_t i = 0; i < child.entries; i += kSampled) merged.push_back(sources[c + 1][i]);
+            entries[c] = owner.catalogue(child);
+            lengths[c] = child.entries;
+            const auto held = std::ptrdiff_t(merged.size());
+            for (int32_t i = 0; i < child.entries; i += kSampled) merged.push_back(entries[c][i].angle);
+            std::inplace_merge(merged.begin(), merged.begin() + held, merged.end());
         }
         if (merged.empty()) return;
-        std::sort(merged.begin(), merged.end());
         node.entries = int32_t(merged.size());
-        std::vector<Link> links;
-        int32_t below[3] = {};
-        for (size_t i = 0; i <= merged.size(); ++i) {
-            for (int s = 0; s < 3; ++s)
-                while (below[s] < lengths[s] && (i == merged.size() || sources[s][below[s]] < merged[i])) ++below[s];
-            links.push_back({below[0], {below[1], below[2]}});
+        merged.push_back(std::numeric_limits<double>::infinity());
+        std::vector<Entry> catalogue;
+        catalogue.reserve(merged.size());
+        for (const double angle : merged) {
+            for (int c = 0; c < 2; ++c)
+                while (below[c] < lengths[c] && entries[c][below[c]].angle < angle) ++below[c];
+            catalogue.push_back({angle, {below[0], below[1]}});
         }
-        node.catalogue = int64_t(owner.angles_.size());
-        owner.angles_.insert(owner.angles_.end(), merged.begin(), merged.end());
-        owner.angles_.push_back(std::numeric_limits<double>::infinity());  // keeps links and angles aligned
-        owner.links_.insert(owner.links_.end(), links.begin(), links.end());
+        node.catalogue = int64_t(owner.entries_.size());
+        owner.entries_.insert(owner.entries_.end(), catalogue.begin(), catalogue.end());
     }
 };
 
@@ -277,6 +308,15 @@ ConvexLayers::ConvexLayers(int64_t size, const float* keys, const int64_t* ids) 
             if (nodes_[i].child[c] >= 0)
                 std::copy_n(builder.fences[size_t(nodes_[i].child[c])].corners, 2 * kCorners,
                             fences_.data() + i * kFences + c * 2 * kCorners);
+    if (!lanes_.empty()) lanes_.resize(positions / kLanes);
+    if (!entries_.empty()) {
+        const Node& root = nodes_[0];
+        const int32_t parts = root.entries / kPart + 1;
+        parts_ = parts / kAround;
+        guide_.assign(size_t(parts) + 1, 0);
+        for (int32_t i = 0; i < root.entries; ++i) ++guide_[part(catalogue(root)[i].angle) + 1];
+        for (size_t p = 1; p < guide_.size(); ++p) guide_[p] += guide_[p - 1];
+    }
     fence_slack_ = builder.lost + 64 * kUnit * largest();
 }
 
@@ -285,50 +325,41 @@ double ConvexLayers::score(int64_t position, const Query& query) const {
     return query.q[0] * at[0] + query.q[1] * at[kLanes];
 }
 
-ConvexLayers::Link ConvexLayers::link(const Node& node, int32_t entry) const {
-    return links_[size_t(node.catalogue + entry)];
+// Entries of the root below the angle: `part` is monotone, so entries of lower parts are below and none of higher ones.
+int32_t ConvexLayers::locate(double angle) const {
+    if (guide_.empty()) return 0;
+    const Entry* first = catalogue(nodes_[0]);
+    const int32_t* guide = guide_.data() + part(angle);
+    const auto below = [](const Entry& entry, double angle) { return entry.angle < angle; };
+    return int32_t(std::lower_bound(first + guide[0], first + guide[1], angle, below) - first);
 }
 
-// Entries of the catalogue that are below the angle.
-int32_t ConvexLayers::locate(const Node& node, double angle) const {
-    const double* first = angles_.data() + node.catalogue;
-    return int32_t(std::lower_bound(first, first + node.entries, angle) - first);
-}
-
-// The same, from the link of the parent: too far by fewer than kSampled entries.
+// The same, from the entry of the parent: too far by fewer than kSampled.
 int32_t ConvexLayers::follow(const Node& child, int32_t entry, double angle) const {
-    const double* first = angles_.data() + child.catalogue;
-    while (entry > 0 && !(first[entry - 1] < angle)) --entry;
+    const Entry* first = catalogue(child);
+    while (entry > 0 && !(first[entry - 1].angle < angle)) --entry;
     return entry;
 }
 
-// The vertex with the largest exact score, from the i-th, where the angle says, corrected by exact comparisons.
-int64_t ConvexLayers::extreme(const Node& node, int64_t i, const Query& query) const {
-    const int64_t n = node.end - node.begin;
-    const auto at = [&](int64_t i) {
-        const int64_t p = node.begin + i;
-        return blocks_.data() + p / kLanes * 2 * kLanes + p % kLanes;
-    };
-    const auto rises = [&](int64_t from, int64_t to) {
-        const float *a = at(from), *b = at(to);
-        return compare_along(query.q[0], query.q[1], a[0], a[kLanes], b[0], b[kLanes]) > 0;
-    };
-    while (rises(i, (i + 1) % n)) i = (i + 1) % n;
-    while (rises(i, (i + n - 1) % n)) i = (i + n - 1) % n;
-    return node.begin + i;
+// How many of the entries below this one, the first that is not below an angle, are of the node's own edges: the
+// others are one in kSampled of the children's.
+int32_t ConvexLayers::own(const Node& node, int32_t entry) const {
+    const Entry& at = catalogue(node)[entry];
+    return entry - (at.child[0] + kSampled - 1) / kSampled - (at.child[1] + kSampled - 1) / kSampled;
 }
 
 // One query on its way down. A node is reached in stages, each of which asks for the memory of the next; several
 // queries take turns, so that it has come by then.
 struct ConvexLayers::Walk {
-    enum Stage { kNode, kLinks, kVertices };
+    enum Stage { kGuide, kRoot, kNode, kLinks, kVertices };
     struct Visit {
         int32_t node, entry;
     };
     const Query* query;
-    double threshold, angle, budget;
-    double outside;        // a child with all corners of its fence below this is
-    Search wanted, plain;  // without a screen
+    double angle, budget;
+    double outside;  // a child with all corners of its fence below this is
+    double closing;  // a vertex below this is outside, and so are those beyond it in its layer
+    Search wanted;
     Growable<PackedHit>* hits;
     int number;  // of the query in its tile
     bool scan;   // a scan is cheaper
@@ -342,23 +373,36 @@ struct ConvexLayers::Walk {
 void ConvexLayers::start(Walk& walk, const Query& query, double threshold, Growable<PackedHit>& hits) const {
     hits.clear();
     walk.query = &query;
-    walk.threshold = threshold;
     // Between two sides of a fence a query is a sum of their directions with weights that are together at most 1.5 |q|.
     walk.outside = threshold - 1.5 * query.norm2 * fence_slack_;
+    walk.closing = threshold - kAngleSlack * query.norm2 * largest();
     walk.budget = kScanShare * double(size()) * kKeyCost;
-    walk.wanted = walk.plain = search(query, threshold);
-    walk.plain.query32 = nullptr;
+    walk.wanted = search(query, threshold);
     walk.hits = &hits;
     walk.scan = false;
     walk.stage = Walk::kNode;
     walk.top = 0;
     if (nodes_.empty()) return;
-    walk.angle = angles_.empty() ? 0 : std::atan2(query.q[1], query.q[0]);
-    walk.stack[walk.top++] = {0, locate(nodes_[0], walk.angle)};
+    walk.stack[walk.top++] = {0, 0};
+    walk.angle = 0;
+    if (guide_.empty()) return;
+    walk.angle = std::atan2(query.q[1], query.q[0]);
+    walk.stage = Walk::kGuide;
+    __builtin_prefetch(guide_.data() + part(walk.angle));
 }
 
 bool ConvexLayers::step(Walk& walk, Counters& counters) const {
     constexpr int64_t kLine = 16;  // floats of a cache line
+    constexpr int64_t kNear = 4;   // blocks on either side of the angle
+    if (walk.stage == Walk::kGuide) {
+        __builtin_prefetch(catalogue(nodes_[0]) + guide_[part(walk.angle)]);
+        walk.stage = Walk::kRoot;
+        return true;
+    }
+    if (walk.stage == Walk::kRoot) {
+        walk.stack[0].entry = locate(walk.angle);
+        walk.stage = Walk::kNode;
+    }
     if (walk.stage == Walk::kNode) {
         if (!walk.top) return false;
         walk.now = walk.stack[--walk.top];
@@ -366,10 +410,7 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
         ++counters.nodes;
         const float* const fences = fences_.data() + size_t(walk.now.node) * kFences;
         for (size_t line = 0; line < kFences; line += kLine) __builtin_prefetch(fences + line);
-        if (node.entries) {
-            __builtin_prefetch(angles_.data() + node.catalogue + walk.now.entry);
-            __builtin_prefetch(links_.data() + node.catalogue + walk.now.entry);
-        }
+        if (node.entries) __builtin_prefetch(catalogue(node) + walk.now.entry);
         if (!node.searched) {
             const float* const points = blocks_.data() + 2 * node.begin;
             for (int line = 0; line < 4; ++line) __builtin_prefetch(points + line * kLine);
@@ -382,13 +423,14 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
     if (walk.stage == Walk::kLinks) {
         if (node.entries) walk.now.entry = follow(node, walk.now.entry, walk.angle);
         if (node.searched) {
-            walk.vertex = link(node, walk.now.entry).own;
-            if (walk.vertex == node.end - node.begin) walk.vertex = 0;
+            walk.vertex = own(node, walk.now.entry);
             const int64_t block = (node.begin + walk.vertex) / kLanes;
-            for (int64_t near = block - 1; near <= block + 1; ++near)
+            for (int64_t near = block - kNear; near <= block + kNear; ++near)
                 __builtin_prefetch(blocks_.data() + near * 2 * kLanes);
-            __builtin_prefetch(order_.data() + (block - 1) * kLanes);
-            __builtin_prefetch(order_.data() + (block + 1) * kLanes);
+            for (int64_t near = block - kNear; near <= block + kNear; near += 2)
+                __builtin_prefetch(order_.data() + near * kLanes);
+            for (int64_t near = block - kNear; near <= block + kNear; near += kLanes)
+                __builtin_prefetch(lanes_.data() + near);
             walk.stage = Walk::kVertices;
             return true;
         }
@@ -396,7 +438,7 @@ bool ConvexLayers::step(Walk& walk, Counters& counters) const {
         counters.scored += node.end - node.begin;
         walk.budget -= kNodeCost;
     } else {
-        if (report_layer(walk, node, counters)) open_children(walk, node);
+        if (sweep_layers(walk, node, counters)) open_children(walk, node);
         walk.budget -= 2 * kNodeCost;
     }
     walk.stage = Walk::kNode;
@@ -417,50 +459,87 @@ bool ConvexLayers::scan_layers(Walk& walk, const Node& node) const {
     return same;
 }
 
-// The reported vertices, a run around the extreme one; returns how many. Most runs lie within the blocks beside the
-// vertex that the angle says.
-int64_t ConvexLayers::report_layer(Walk& walk, const Node& node, Counters& counters) const {
-    const int64_t n = node.end - node.begin, near = (node.begin + walk.vertex) / kLanes * kLanes;
-    const int64_t begin = std::max(node.begin, near - kLanes), end = std::min(node.end, near + 2 * kLanes);
-    PackedHit* const hits = walk.hits->room(size_t(end - begin + kLanes));
-    const auto found = int64_t(kernels().scan(blocks_.data(), 2, begin, end, walk.plain, order_.data(), hits));
-    counters.scored += end - begin;
-    if (!found) {
-        const int64_t top = extreme(node, walk.vertex, *walk.query);
-        const int64_t right = walk_side(walk, node, top, 1, n, counters);
-        return right ? right + walk_side(walk, node, before(node, top), -1, n - right, counters) : 0;
-    }
-    walk.hits->added(size_t(found));
-    walk.budget -= kHitCost * double(found);
-    const int64_t outside = n - (end - begin), left = walk_side(walk, node, before(node, begin), -1, outside, counters);
-    return found + left + walk_side(walk, node, after(node, end - 1), 1, outside - left, counters);
+// From where the query's angle is among a node's own.
+Sweep ConvexLayers::sweep(const Node& node, int64_t position) const {
+    Sweep sweep;
+    sweep.begin = node.begin / kLanes;
+    sweep.end = (node.end + kLanes - 1) / kLanes;
+    sweep.unseen = sweep.end - sweep.begin;
+    if (position == node.end - node.begin) position = 0;
+    sweep.next[0] = sweep.begin + position / kLanes;
+    sweep.next[1] = (sweep.next[0] == sweep.begin ? sweep.end : sweep.next[0]) - 1;
+    sweep.right = 0xffu << position % kLanes & 0xff;
+    sweep.closed[0] = sweep.closed[1] = node.searched < kMerged ? ~uint64_t(0) << kLanes * node.searched : 0;
+    sweep.reported = 0;
+    return sweep;
 }
 
-// Reports vertices from `position` on to one side, at most so many, up to one outside.
-int64_t ConvexLayers::walk_side(Walk& walk, const Node& node, int64_t position, int step, int64_t most,
+// Returns whether a vertex of the innermost layer is reported.
+bool ConvexLayers::sweep_layers(Walk& walk, const Node& node, Counters& counters) const {
+    constexpr int64_t kMost = 32;  // blocks at once
+    Sweep ring = sweep(node, walk.vertex);
+    ring.closing = walk.closing;
+    const int64_t blocks = ring.unseen;
+    do {
+        PackedHit* const hits = walk.hits->room(size_t((kMost + 1) * kLanes));
+        const size_t found =
+            kernels().sweep(blocks_.data(), lanes_.data(), ring, kMost, walk.wanted, order_.data(), hits);
+        walk.hits->added(found);
+        walk.budget -= kHitCost * double(found);
+    } while ((ring.open(0) || ring.open(1)) && walk.budget >= 0);
+    counters.scored += (blocks - ring.unseen) * kLanes;
+    return ring.reported >> kLanes * (node.searched - 1) & 0xff;
+}
+
+// Offers vertices from the query's angle outwards, the better side first; returns the largest score on the innermost
+// layer.
+double ConvexLayers::top_layers(const Node& node, int64_t position, const Query& query, Best& best,
                                 Counters& counters) const {
-    for (int64_t walked = 0; walked < most; ++walked) {
-        const double found = score(position, *walk.query);
-        ++counters.scored;
-        if (!(found >= walk.threshold) || walk.budget < 0) return walked;
-        const float rounded = float(found);
-        uint32_t bits;
-        __builtin_memcpy(&bits, &rounded, 4);
-        walk.hits->push(uint64_t(uint32_t(order_[size_t(position)])) << 32 | bits);
-        walk.budget -= kHitCost;
-        position = step > 0 ? after(node, position) : before(node, position);
+    constexpr double kLeast = -std::numeric_limits<double>::infinity();
+    Sweep ring = sweep(node, position);
+    const double slack = kAngleSlack * query.norm2 * largest();
+    const int innermost = kLanes * (node.searched - 1);
+    double high = kLeast, better[2] = {-kLeast, -kLeast};
+    double scores[kLanes];
+    while (ring.open(0) || ring.open(1)) {
+        const int side = !ring.open(1) || (ring.open(0) && better[0] >= better[1]) ? 0 : 1;
+        const int64_t block = ring.next[side];
+        --ring.unseen;
+        const unsigned on_right = side == 0 ? ring.right : 0;
+        if (side == 0) {
+            ring.next[0] = block + 1 == ring.end ? ring.begin : block + 1;
+            ring.right = 0xff;
+        } else {
+            ring.next[1] = (block == ring.begin ? ring.end : block) - 1;
+        }
+        kernels().score(blocks_.data(), 2, block * kLanes, (block + 1) * kLanes, query.q.data(), scores);
+        better[side] = kLeast;
+        const uint64_t layers = lanes_[size_t(block)];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int64_t p = block * kLanes + lane;
+            if (p >= node.end) break;
+            ++counters.scored;
+            better[side] = std::max(better[side], scores[lane]);
+            if (layers >> innermost >> lane & 1) high = std::max(high, scores[lane]);
+            const int64_t position = order_[size_t(p)];
+            if (scores[lane] >= best.threshold()) {
+                if (!dead(position)) best.offer(scores[lane], id(position));
+            } else if (scores[lane] < best.threshold() - slack) {
+                ring.closed[on_right >> lane & 1 ? 0 : 1] |= layers & uint64_t(0x0101010101010101u) << lane;
+            }
+        }
     }
-    return most;
+    return high;
 }
 
 void ConvexLayers::open_children(Walk& walk, const Node& node) const {
-    const Link below = node.entries ? link(node, walk.now.entry) : Link{0, {0, 0}};
+    const Entry at = node.entries ? catalogue(node)[walk.now.entry] : Entry{0, {0, 0}};
     const unsigned reached =
         kernels().reached(fences_.data() + size_t(walk.now.node) * kFences, walk.query->q.data(), walk.outside);
     for (int c = 0; c < 2; ++c) {
         if (node.child[c] < 0 || !(reached >> c & 1)) continue;
         __builtin_prefetch(nodes_.data() + node.child[c]);
-        walk.stack[walk.top++] = {node.child[c], below.child[c]};
+        walk.stack[walk.top++] = {node.child[c], at.child[c]};
     }
 }
 
@@ -502,7 +581,7 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
         bool operator<(const Visit& other) const { return high < other.high; }
     };
     std::priority_queue<Visit> visits;
-    visits.push({std::numeric_limits<double>::infinity(), 0, locate(nodes_[0], angle)});
+    visits.push({std::numeric_limits<double>::infinity(), 0, locate(angle)});
     while (!visits.empty() && !(visits.top().high < best.threshold())) {
         const Visit visit = visits.top();
         visits.pop();
@@ -513,33 +592,13 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
             offer_range(blocks_.data(), order_.data(), node.begin, node.end, query, best, counters);
             for (int64_t p = node.inner; p < node.end; ++p) high = std::max(high, score(p, query));
         } else {
-            // From the extreme vertex outwards on both sides, the better side first.
-            const int64_t n = node.end - node.begin;
-            int64_t left = extreme(node, link(node, visit.entry).own % n, query), right = left;
-            high = score(left, query);
-            const auto offer = [&](int64_t p) {
-                const int64_t position = order_[size_t(p)];
-                if (!dead(position)) best.offer(score(p, query), id(position));
-            };
-            offer(left);
-            double on_left = score(before(node, left), query), on_right = score(after(node, right), query);
-            for (int64_t walked = 1; walked < n; ++walked) {
-                ++counters.scored;
-                if (std::max(on_left, on_right) < best.threshold()) break;
-                if (on_left > on_right) {
-                    offer(left = before(node, left));
-                    on_left = score(before(node, left), query);
-                } else {
-                    offer(right = after(node, right));
-                    on_right = score(after(node, right), query);
-                }
-            }
+            high = top_layers(node, own(node, visit.entry), query, best, counters);
         }
         if (high < best.threshold()) continue;
         for (int c = 0; c < 2; ++c) {
             if (node.child[c] < 0) continue;
             const Node& child = nodes_[size_t(node.child[c])];
-            const int32_t entry = child.entries ? follow(child, link(node, visit.entry).child[c], angle) : 0;
+            const int32_t entry = child.entries ? follow(child, catalogue(node)[visit.entry].child[c], angle) : 0;
             visits.push({high, node.child[c], entry});
         }
     }
@@ -548,7 +607,8 @@ void ConvexLayers::top(const Query& query, Best& best, Counters& counters) const
 int64_t ConvexLayers::nbytes() const {
     return StaticIndex::nbytes() +
            int64_t(nodes_.size() * sizeof(Node) + blocks_.size() * sizeof(float) + order_.size() * sizeof(int32_t) +
-                   fences_.size() * sizeof(float) + angles_.size() * sizeof(double) + links_.size() * sizeof(Link));
+                   fences_.size() * sizeof(float) + lanes_.size() * sizeof(uint64_t) + entries_.size() * sizeof(Entry) +
+                   guide_.size() * sizeof(int32_t));
 }
 
 }  // namespace hsr::tree

@@ -6,16 +6,19 @@
 // are visited. Layers cost O(points) to find once the points are sorted by x, so a build is O(n log n).
 //
 // A layer of more than kScanned vertices is searched, not scanned: its extreme vertex in the direction of the
-// query is found by the angle of the edges, and the reported vertices are a run around it. The positions of an
-// angle in the layers of a node and of its children are linked (fractional cascading), so the only binary search
-// is at the root.
+// query is found by the angle of the edges, and the reported vertices are a run around it. Up to eight such layers
+// are one node, merged in the order of these angles, if every kGap positions in a row hold a vertex of each: then
+// their runs lie together, and a sweep from the query's angle to both sides ends within kGap positions of the last
+// reported vertex. The positions of an angle in a node and in its children are linked (fractional cascading), so the
+// only binary search is at the root, in one of many parts of a turn.
 //
 // Half of these nodes would be children without a reported point. A polygon of 16 corners around each child, its
 // fence, tells most of them without a look at the child: if all corners are outside so is the child.
 //
 // Everything is exact. Layers are built with an exact orientation test; a float64 score in the plane is the exact
 // score rounded once, which is monotone, so scores rise and fall along a layer as the exact ones do and the
-// largest score of a layer bounds what is inside it. No slack is needed but for fences, whose corners are rounded.
+// largest score of a layer bounds what is inside it. Slack is needed only for fences, whose corners are rounded, and
+// for angles.
 #pragma once
 
 #include <cstdint>
@@ -44,16 +47,18 @@ private:
     struct Node {
         int64_t begin = 0, inner = 0, end = 0;  // positions: outer layers, then the innermost from `inner`
         int32_t child[2] = {-1, -1};
-        bool searched = false;  // one layer, counterclockwise, found by angle
-        // Its catalogue: angles of its own edges and of every fourth entry of its children's.
+        int32_t searched = 0;  // layers that are found by angle; 0: all are scanned
+        // Its catalogue: angles of its own edges and of every kSampled-th entry of its children's.
         int64_t catalogue = 0;
         int32_t entries = 0;
     };
-    struct Link {
-        int32_t own, child[2];  // entries below this one in the layer and in the children's catalogues
+    struct Entry {
+        double angle;
+        int32_t child[2];  // entries below this one in the children's catalogues
     };
     static constexpr int kCorners = 2 * kLanes;      // of a fence
     static constexpr size_t kFences = 4 * kCorners;  // floats of the fences of two children
+    static constexpr double kAround = 6.2831853072;  // a little more than 2 pi
     struct Builder;
     struct Walk;
 
@@ -61,24 +66,25 @@ private:
     bool step(Walk& walk, Counters& counters) const;  // false: at its end
     void open_children(Walk& walk, const Node& node) const;
     bool scan_layers(Walk& walk, const Node& node) const;
-    int64_t report_layer(Walk& walk, const Node& node, Counters& counters) const;
-    int64_t walk_side(Walk& walk, const Node& node, int64_t position, int step, int64_t most, Counters& counters) const;
-    // Around a layer that is searched.
-    static int64_t before(const Node& node, int64_t p) { return p == node.begin ? node.end - 1 : p - 1; }
-    static int64_t after(const Node& node, int64_t p) { return p + 1 == node.end ? node.begin : p + 1; }
-    int32_t locate(const Node& node, double angle) const;
+    bool sweep_layers(Walk& walk, const Node& node, Counters& counters) const;
+    Sweep sweep(const Node& node, int64_t position) const;
+    double top_layers(const Node& node, int64_t position, const Query& query, Best& best, Counters& counters) const;
+    size_t part(double angle) const { return size_t((angle + kAround / 2) * parts_); }
+    int32_t locate(double angle) const;
     int32_t follow(const Node& child, int32_t entry, double angle) const;
-    int64_t extreme(const Node& node, int64_t i, const Query& query) const;
     double score(int64_t position, const Query& query) const;
-    Link link(const Node& node, int32_t entry) const;
+    const Entry* catalogue(const Node& node) const { return entries_.data() + node.catalogue; }
+    int32_t own(const Node& node, int32_t entry) const;
 
     Lines<Node> nodes_;
     Floats blocks_;           // the points by node, in blocks of 8
     Lines<int32_t> order_;    // position in the order of ids of each of them, -1 for padding
     Floats fences_;           // corners of polygons around the children of each node, blocks of 8
     double fence_slack_ = 0;  // by which a polygon may fall short, in any direction of length 1
-    Lines<double> angles_;    // the catalogues
-    Lines<Link> links_;       // one more a node than entries: below everything
+    Lines<uint64_t> lanes_;   // byte l of a block: its vertices of the l-th layer searched; empty if none is
+    Lines<Entry> entries_;    // the catalogues, each with one more entry, above everything
+    Lines<int32_t> guide_;    // entries of the root below each of the equal parts of a turn
+    double parts_ = 0;        // of a radian
 };
 
 }  // namespace hsr::tree

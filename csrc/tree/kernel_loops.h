@@ -495,6 +495,43 @@ unsigned reached(const float* blocks, const double* query, double threshold) {
     return found;
 }
 
+size_t sweep(const float* blocks, const uint64_t* lanes, Sweep& sweep, int64_t most, const Search& search,
+             const int32_t* ids, PackedHit* hits) {
+    constexpr uint64_t kBytes = 0x0101010101010101u;
+    PackedHit* out = hits;
+    uint64_t right = sweep.closed[0], left = sweep.closed[1], reported = sweep.reported;
+    const auto visit = [&](int64_t block, unsigned on_right) {
+        const f64x8 scores = score_block<2>(blocks + block * 2 * kLanes, 2, search.query);
+        const unsigned found = at_least(scores, search.threshold), outside = below(scores, sweep.closing);
+        const uint64_t layers = lanes[block];
+        reported |= layers & found * kBytes;
+        right |= layers & (outside & on_right) * kBytes;
+        left |= layers & (outside & ~on_right) * kBytes;
+        out += pack_hits(block * kLanes, scores, found, ids, out);
+    };
+    const auto open = [](uint64_t closed) { return ((closed - kBytes) & ~closed & kBytes << 7) != 0; };
+    if (most > sweep.unseen) most = sweep.unseen;
+    const int64_t allowed = most;
+    int64_t block = sweep.next[0];
+    for (; most && open(right); --most) {
+        visit(block, sweep.right);
+        sweep.right = 0xff;
+        if (++block == sweep.end) block = sweep.begin;
+    }
+    sweep.next[0] = block;
+    block = sweep.next[1];
+    for (; most && open(left); --most) {
+        visit(block, 0);
+        if (block-- == sweep.begin) block = sweep.end - 1;
+    }
+    sweep.next[1] = block;
+    sweep.unseen -= allowed - most;
+    sweep.closed[0] = right;
+    sweep.closed[1] = left;
+    sweep.reported = reported;
+    return size_t(out - hits);
+}
+
 size_t spread(PackedHit* hits, size_t n, int shift, size_t words, uint64_t* seen, uint32_t* before, int64_t first_id,
               int64_t* ids, float* scores, PackedHit* rest) {
     size_t placed = n, left = 0;
@@ -599,6 +636,7 @@ const Kernels& table() {
                                  any_bounds,
                                  any_classify,
                                  reached,
+                                 sweep,
                                  spread};
     return kernels;
 }

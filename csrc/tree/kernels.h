@@ -52,6 +52,21 @@ struct FrameCells {
     double at_apex, slope[3];
 };
 
+// Up to eight convex layers in the plane, merged in the order of their edges' normals, on a ring of blocks. They are
+// swept from the query's angle outwards, until both sides have seen a vertex of each layer below `closing`.
+struct Sweep {
+    int64_t begin, end;  // the ring, in blocks
+    int64_t next[2];     // right, left
+    int64_t unseen;      // blocks of the ring
+    unsigned right;      // lanes of next[0] that are right of the angle
+    uint64_t closed[2];  // byte l is not 0: layer l is closed on that side, or there is no such layer
+    uint64_t reported;   // byte l is not 0: a vertex of layer l is reported
+    double closing;
+
+    bool open(int side) const { return unseen && some_byte_is_zero(closed[side]); }
+    static bool some_byte_is_zero(uint64_t x) { return ((x - 0x0101010101010101u) & ~x & 0x8080808080808080u) != 0; }
+};
+
 struct Kernels {
     const char* name;
 
@@ -83,6 +98,10 @@ struct Kernels {
     unsigned (*classify)(const float* volumes, int dim, const HalfSpace& half, const FrameCells* frame);
     // In the plane: which of two sets of 16 points has one with a score that is not below the threshold, as bits.
     unsigned (*reached)(const float* blocks, const double* query, double threshold);
+    // Goes on with a sweep, over at most so many blocks, and appends what it reports as `scan` does, without a screen
+    // or exclusions. `lanes` holds a byte a layer for each block: its lanes. `hits` has room for most + 1 blocks.
+    size_t (*sweep)(const float* blocks, const uint64_t* lanes, Sweep& sweep, int64_t most, const Search& search,
+                    const int32_t* ids, PackedHit* hits);
     // One counting pass. The hits that are the first in their bucket (position >> shift) go to their places in the
     // order, as position + first_id and score, and come first in `hits`; the others go to `rest`. `seen` has `words`
     // zeros, a bit a bucket, and is left zero; `before` as many. Returns the size of `rest`.

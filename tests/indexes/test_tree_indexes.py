@@ -345,6 +345,53 @@ def test_a_layer_that_is_reported_nearly_whole(share):
     assert_reports(index, queries, limits, table)
 
 
+@pytest.mark.parametrize("inner", [1, 2, 3, 200])
+@pytest.mark.parametrize("shape", ["polygons", "ellipse", "parabola", "ring", "shells"])
+def test_layers_that_share_a_node(shape, inner):
+    """Layers of like and of unlike sizes, merged by angle; queries along edges, axes and ends."""
+    rng = np.random.default_rng([inner, len(shape)])
+    turn = rng.uniform(0, 2 * np.pi, 4000 * inner if inner < 200 else 20_000)
+    circle = np.column_stack([np.cos(turn), np.sin(turn)])
+    if shape == "polygons":  # each layer the same shape
+        keys = np.concatenate([circle[:600] * (1 - 0.01 * i) for i in range(8 + inner % 20)])
+    elif shape == "ellipse":
+        keys = circle * [1, 1e-4]
+    elif shape == "parabola":  # all edges but one within a small angle
+        t = np.linspace(-1, 1, len(turn))
+        keys = np.column_stack([t, 1e-3 * t**2])
+    elif shape == "ring":
+        keys = circle * (1 - 1e-6 * rng.random((len(turn), 1)))
+    else:  # layers of many vertices outside, of `inner` times fewer inside
+        keys = np.concatenate([circle, 0.5 * circle[::inner], 0.2 * circle[::inner]])
+    keys = keys.astype(np.float32)
+    index = ConvexLayersIndex(keys)
+    alive = np.ones(len(keys), bool)
+    for _ in range(10):
+        assert_exact(index, keys, alive, rng)
+    i, j = rng.integers(0, len(keys), (2, 20))
+    edges = (keys[i] - keys[j]) @ np.float32([[0, 1], [-1, 0]])
+    axes = np.float32([[-1, 0], [-1, -0.0], [-1, -1e-30], [1, 0], [0, 1], [0, -1]])
+    queries = np.concatenate([edges, axes])
+    table = scores(queries, keys)
+    for k in (1, 2, 30, len(keys) // 10):
+        limits = np.sort(table, axis=1)[:, -k]
+        assert_reports(index, queries, limits, table)
+        assert_reports(index, queries, np.nextafter(limits, np.inf), table)
+
+
+def test_layers_of_a_circle_share_nodes():
+    """Its keys a rounding away from a circle are many large layers, which one sweep reads."""
+    rng = np.random.default_rng(2)
+    keys = make_keys(rng, 200_000, 2, "sphere")
+    index = ConvexLayersIndex(keys)
+    queries = rng.normal(size=(40, 2)).astype(np.float32)
+    table = scores(queries, keys)
+    limits = np.sort(table, axis=1)[:, -100]
+    work = assert_reports(index, queries, limits, table).work
+    assert work.nodes_visited <= 3 * len(queries)
+    assert work.full_scored <= 4 * work.reported
+
+
 @pytest.mark.parametrize("d", [2, 3, 4])
 def test_partition_tree_scores_few_keys(d):
     rng = np.random.default_rng(6)

@@ -176,9 +176,15 @@ void sketched(const char* name, int dim, std::mt19937& rng) {
 }
 
 template <class Structure>
-void structure(const char* name, int dim, std::mt19937& rng) {
+void structure(const char* name, int dim, std::mt19937& rng, bool sphere = false) {
     const int64_t n = 20000, m = 20;
-    const Rows keys(1, n, dim, Dtype::float32, rng, 0.0f), queries(1, m, dim, Dtype::float32, rng, 0.0f);
+    Rows keys(1, n, dim, Dtype::float32, rng, 0.0f);
+    const Rows queries(1, m, dim, Dtype::float32, rng, 0.0f);
+    for (int64_t i = 0; sphere && i < n; ++i) {
+        float* key = keys.exact.data() + i * dim;
+        const float norm = float(std::sqrt(dot(key, key, dim)));
+        for (int j = 0; j < dim; ++j) key[j] /= norm;
+    }
     std::vector<int64_t> ids(static_cast<size_t>(n));
     for (int64_t i = 0; i < n; ++i) ids[size_t(i)] = i;
     tree::Forest forest(dim);
@@ -190,7 +196,7 @@ void structure(const char* name, int dim, std::mt19937& rng) {
     forest.replace_from(0, part, n);
     std::vector<double> thresholds;
     for (int64_t i = 0; i < m; ++i)
-        thresholds.push_back(2.2 * std::sqrt(dot(queries.row(0, i), queries.row(0, i), dim)));
+        thresholds.push_back((sphere ? 0.9999 : 2.2) * std::sqrt(dot(queries.row(0, i), queries.row(0, i), dim)));
     const tree::Report found = forest.report(queries.exact.data(), m, thresholds.data());
     int64_t wrong = 0;
     for (int64_t i = 0; i < m; ++i) {
@@ -218,6 +224,7 @@ int main() {
         sketched<SketchIndex>("sketch index", 64, rng);
         sketched<FlatIndex>("flat index", 24, rng);
         structure<tree::ConvexLayers>("convex layers", 2, rng);
+        structure<tree::ConvexLayers>("convex layers of a circle", 2, rng, true);
         for (int dim : {3, 5}) structure<tree::PartitionTree>("partition tree", dim, rng);
     }
     return failed;
