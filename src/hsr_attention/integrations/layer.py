@@ -230,10 +230,10 @@ class HSRLayer(CacheLayerMixin):
         is_fresh = len(self.rows) == 0
         self.append(key_states, value_states)
         self._count()
-        return (
-            CachedRows.of(self, key_states, is_fresh),
-            CachedRows.of(self, value_states, is_fresh),
-        )
+        keys = CachedRows.of(self, key_states, is_fresh)
+        if not is_fresh and value_states.shape == key_states.shape:  # nothing tells them apart
+            return keys, keys
+        return keys, CachedRows.of(self, value_states, is_fresh)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append keys and values."""
