@@ -70,21 +70,22 @@ double Attend::refined_mass(const Tile& tile, int q) const {
     const KeySketch& sketch = cache_.key_sketch(store_head(tile));
     const float* masses = tile.block_masses + size_t(q) * tile.mass_stride;
     const float reference = float(tile.reference[q]);
-    const float heavy = float(kernels().sum_below(masses, tile.blocks, kInf) * kHeavyShare);
-    float estimates[2 * kBlock], weights[2 * kBlock], unused = -kInf;
-    double added = 0;
+    const float heavy = float(kernels().sum_below(masses, tile.blocks, kInf) / double(kMostHeavy));
+    uint32_t list[kMostHeavy];
+    size_t count = 0;
     for (size_t first = 0; first < tile.blocks; first += kSelectBlocks) {
         const size_t last = std::min(first + kSelectBlocks, tile.blocks);
         if (!kernels().count_from(masses + first, last - first, heavy)) continue;
-        for (size_t block = first; block < last; ++block) {
-            if (masses[block] < heavy) continue;
-            kernels().scan(sketch.high(block), cache_.key_dim(), 1, &tile.coded[q], 1, estimates, kBlock, &unused);
-            kernels().refine(sketch.high(block), sketch.low(block), cache_.key_dim(), 1, &tile.coded[q], 1,
-                             estimates + kBlock, kBlock, &unused);
-            kernels().exp_into(estimates, 2 * kBlock, reference, weights);
-            for (size_t i = 0; i < kBlock; ++i) added += double(weights[kBlock + i]) - double(weights[i]);
-        }
+        for (size_t block = first; block < last && count < kMostHeavy; ++block)
+            if (!(masses[block] < heavy)) list[count++] = uint32_t(block);
     }
+    float estimates[2 * kMostHeavy * kBlock];
+    const size_t keys = count * kBlock;
+    kernels().estimate_listed(sketch.high(0), sketch.low(0), cache_.key_dim(), list, count, &tile.coded[q], estimates,
+                              estimates + keys);
+    kernels().exp_into(estimates, 2 * keys, reference, estimates);
+    double added = 0;
+    for (size_t i = 0; i < keys; ++i) added += double(estimates[keys + i]) - double(estimates[i]);
     return added;
 }
 

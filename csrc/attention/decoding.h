@@ -26,8 +26,8 @@ constexpr double kWideBand = 6.0;
 constexpr double kWideBandOfBlocks = 12.0;
 // A block is refined when its 16 keys together may weigh as much as this many keys at the threshold.
 constexpr float kBlockWeight = 8.0f;
-// A block that may hold this share of all upper masses is refined before the thresholds are chosen: at most 128 blocks.
-constexpr double kHeavyShare = 1.0 / 128;
+// A block that may hold the share 1 / kMostHeavy of all upper masses is refined before the thresholds are chosen.
+constexpr size_t kMostHeavy = 128;
 // Of a float32 weight exp(x), relative: 2e-7 (1 + |x|), and x lies between -87, below which it is 0, and the band.
 constexpr double kFloatWeight = 2e-5;
 // Weights are taken relative to the largest estimate; a true logit may exceed it by the band, and

@@ -32,7 +32,7 @@ void Attend::scan_chunk(Tile& tile, size_t chunk) {
         kernels().refine(sketch.high(first), sketch.low(first), cache_.key_dim(), count, tile.coded, tile.count,
                          estimates, tile.stride, maxima);
     else
-        kernels().scan(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride,
+        kernels().scan(sketch.high(first), cache_.key_dim(), count, 1, tile.coded, tile.count, estimates, tile.stride,
                        maxima);
     for (int q = 0; q < tile.count; ++q) {
         float* own = estimates + size_t(q) * tile.stride;
@@ -46,10 +46,10 @@ void Attend::scan_chunk(Tile& tile, size_t chunk) {
 
 void Attend::score_sample(const Tile& tile, size_t first, size_t count) const {
     const KeySketch& sketch = cache_.key_sketch(store_head(tile));
+    const size_t step = tile.sample_step, from = (first + step - 1) / step, until = (first + count + step - 1) / step;
     float unused[kTile] = {};
-    for (size_t i = (first + tile.sample_step - 1) / tile.sample_step; i * tile.sample_step < first + count; ++i)
-        kernels().scan(sketch.high(i * tile.sample_step), cache_.key_dim(), 1, tile.coded, tile.count,
-                       tile.uppers + i * kBlock, tile.stride, unused);
+    kernels().scan(sketch.high(from * step), cache_.key_dim(), until - from, step, tile.coded, tile.count,
+                   tile.uppers + from * kBlock, tile.stride, unused);
 }
 
 // Every logit at full precision; tops are the very numbers that `logit` gives again later.

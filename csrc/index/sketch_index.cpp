@@ -53,7 +53,7 @@ void SketchIndex::scan_range(const float* queries, const double* norms, const do
     for (size_t b = first; b < coded_last; b += kStep) {
         const size_t count = std::min(kStep, coded_last - b);
         float maxima[kTile] = {-kInf, -kInf, -kInf, -kInf};
-        kernels().scan(sketch_.high(b), dim_, count, coded, tile, estimates, kStep * kBlock, maxima);
+        kernels().scan(sketch_.high(b), dim_, count, 1, coded, tile, estimates, kStep * kBlock, maxima);
         work.sketch_scored += int64_t(tile) * int64_t(count) * kBlock;
         for (int q = 0; q < tile; ++q) {
             const float* estimate = estimates + size_t(q) * kStep * kBlock;
@@ -101,7 +101,7 @@ double SketchIndex::threshold_for(const float* query, double norm, size_t r, Wor
     for (size_t b = 0; b < sketch_.blocks(); b += kStep) {
         const size_t count = std::min(kStep, sketch_.blocks() - b);
         float maximum = -kInf;
-        kernels().scan(sketch_.high(b), dim_, count, &prepared.coded, 1, estimates, 0, &maximum);
+        kernels().scan(sketch_.high(b), dim_, count, 1, &prepared.coded, 1, estimates, 0, &maximum);
         kernels().bounds(sketch_.high(b), sketch_.low(b), dim_, count, &prepared.coded, false, estimates, -1.0f,
                          lowers);
         for (size_t i = 0; i < count; ++i)

@@ -6,12 +6,11 @@ using Ints = Vector<int32_t, kRegisterBytes / 4>;
 using Floats = Vector<float, kRegisterBytes / 4>;
 constexpr int kParts = 64 / kRegisterBytes;  // registers of a block of 16 keys
 constexpr int kPartLanes = 16 / kParts;
-// How many registers of a block share a load of digits in a scan, and how many rows of digits one of codes in a
-// refinement: as many as leave their sums in registers.
+// How many registers of a block share a load of digits in a scan: as many as leave their sums in registers.
 #if defined(__AVX2__) && !defined(HSR_AVX512) && !defined(__AVXVNNI__)
-constexpr int kPartsTogether = 2, kDigitRows = 4;
+constexpr int kPartsTogether = 2;
 #else
-constexpr int kPartsTogether = 1, kDigitRows = 8;
+constexpr int kPartsTogether = 1;
 #endif
 
 inline int32_t four_digits(const int8_t* digits) {
@@ -25,9 +24,9 @@ using Shifted = Vector<uint16_t, kRegisterBytes / 2>;
 inline Bytes high_nibbles(Bytes x) { return low_nibbles(as<Bytes>(as<Shifted>(x) >> 4)); }
 inline Bytes raised(Bytes nibbles) { return as<Bytes>(as<Shifted>(nibbles) << 4); }
 
-// PlaneCodes: a register of one plane of the key codes, its low nibbles and its high ones, for PlaneSum; ByteCodes:
-// codes of 8 bits, for ByteSum. A sum takes the products of at most kTurnPairs pairs of four digits between `begin`,
-// which is told where DigitStarts has it start, and `settle`.
+// PlaneCodes: a register of one plane of the key codes, its low nibbles and its high ones, for PlaneSum. A sum takes
+// the products of at most kTurnPairs pairs of four digits between `begin`, which is told where DigitStarts has it
+// start, and `settle`.
 
 #if defined(HSR_AVX512) || defined(__AVXVNNI__) || !defined(__AVX2__)
 
@@ -59,7 +58,7 @@ inline Ints dot4(Ints sum, Bytes codes, int32_t digits) {
 #endif
 }
 
-// Panels of prompts: codes of four dimensions stand in a lane, as in the planes, and so do those of four values.
+// Codes of 8 bits and digits of queries; digits of weights and codes of values.
 constexpr bool kDigitPairs = false;
 constexpr int kValueShift = 0;
 inline Ints add_scores(Ints sum, Bytes codes, int32_t digits) { return dot4(sum, codes, digits); }
@@ -89,53 +88,15 @@ struct PlaneSum {
     Ints total() const { return first + (second >> 4); }
 };
 
-struct ByteCodes {
-    Bytes all;
-    explicit ByteCodes(Bytes x) : all(x) {}
-    // Of the low (high) nibbles of both planes.
-    static ByteCodes of_low(Bytes high, Bytes low) {
-#if defined(HSR_AVX512)
-        const __m512i mask = _mm512_set1_epi8(0x0f);  // bits of `low` under the mask, of `high` << 4 elsewhere
-        return ByteCodes(
-            (Bytes)_mm512_ternarylogic_epi32(mask, (__m512i)low, _mm512_slli_epi16((__m512i)high, 4), 0xca));
-#else
-        return ByteCodes(raised(low_nibbles(high)) | low_nibbles(low));
-#endif
-    }
-    static ByteCodes of_high(Bytes high, Bytes low) {
-#if defined(HSR_AVX512)
-        const __m512i mask = _mm512_set1_epi8(0x0f);
-        return ByteCodes(
-            (Bytes)_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16((__m512i)low, 4), (__m512i)high, 0xca));
-#else
-        return ByteCodes((high & (uint8_t)0xf0) | high_nibbles(low));
-#endif
-    }
-    Bytes bytes() const { return all; }
-};
-struct ByteSum {
-    Ints sum{};
-    void begin(int32_t) {}
-    void add(const ByteCodes& codes, int32_t digits) { sum = dot4(sum, codes.all, digits); }
-    void settle() {}
-    Ints total() const { return sum; }
-};
-
 #else
 
-// AVX2 alone has no instruction for four products of bytes that does not saturate: codes meet digits as nibbles.
+// AVX2 alone has no instruction for four products of bytes that does not saturate: nibbles are summed up in
+// 16 bits.
 struct PlaneCodes {
     Bytes first, second;
     PlaneCodes() = default;
     explicit PlaneCodes(Bytes x) : first(low_nibbles(x)), second(high_nibbles(x)) {}
 };
-struct ByteCodes {
-    Bytes low, high;
-    static ByteCodes of_low(Bytes high, Bytes low) { return {low_nibbles(low), low_nibbles(high)}; }
-    static ByteCodes of_high(Bytes high, Bytes low) { return {high_nibbles(low), high_nibbles(high)}; }
-    Bytes bytes() const { return raised(high) | low; }
-};
-
 // Sums in 16 bits may wrap on the way, as long as they end inside. A word meets two digits of each four: over a turn of
 // 8 pairs of fours, 32 digits of at most 127. Started at -7.5 times their sum it is that of (nibble - 7.5) * digit, at
 // most 32 * 7.5 * 127 = 30480.
@@ -185,26 +146,14 @@ struct PlaneSum {
     void settle() { all += widen(words); }
     Ints total() const { return all; }
 };
-struct ByteSum {
-    Words low{}, high{};
-    Ints all{};
-    void begin(int32_t start) { low = high = started(start); }
-    void add(const ByteCodes& codes, int32_t digits) {
-        low = dot2(low, codes.low, digits);
-        high = dot2(high, codes.high, digits);
-    }
-    void settle() { all += widen(low) + widen(high, 16); }
-    Ints total() const { return all; }
-};
-
 // GCC would keep half of a loop's sums in memory, for want of one register: here it must have them in one each.
 inline Ints in_register(Ints x) {
     asm("" : "+x"(x));
     return x;
 }
 
-// Panels of prompts: a code of 8 bits meets a digit, and two products must stay inside 16 bits. So the digits of a
-// query get a step at which two of them that stand together sum to at most 128: 255 * 128 = 32640.
+// A code of 8 bits meets a digit, and two products must stay inside 16 bits. So the digits of a query get a step at
+// which two of them that stand together sum to at most 128: 255 * 128 = 32640.
 constexpr bool kDigitPairs = true;
 inline Ints add_scores(Ints sum, Bytes codes, int32_t digits) {
     return in_register(sum + widen((Words)_mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(digits))));
@@ -218,6 +167,28 @@ inline Ints add_values(Ints sum, Bytes codes, int32_t digits) {
 }
 
 #endif
+
+// Second digits of a query are this many times finer than the first: rounding leaves at most half a first one, and two
+// of those that stand together must not sum to more than 128 where first ones must not.
+constexpr float kFiner = kDigitPairs ? 128.0f : 254.0f;
+
+// Codes of 8 bits from the low (high) nibbles of both planes.
+inline Bytes joined_low(Bytes high, Bytes low) {
+#if defined(HSR_AVX512)
+    const __m512i mask = _mm512_set1_epi8(0x0f);  // bits of `low` under the mask, of `high` << 4 elsewhere
+    return (Bytes)_mm512_ternarylogic_epi32(mask, (__m512i)low, _mm512_slli_epi16((__m512i)high, 4), 0xca);
+#else
+    return raised(low_nibbles(high)) | low_nibbles(low);
+#endif
+}
+inline Bytes joined_high(Bytes high, Bytes low) {
+#if defined(HSR_AVX512)
+    const __m512i mask = _mm512_set1_epi8(0x0f);
+    return (Bytes)_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16((__m512i)low, 4), (__m512i)high, 0xca);
+#else
+    return (high & (uint8_t)0xf0) | high_nibbles(low);
+#endif
+}
 
 template <class Sum, int Rows, int Columns>
 inline void settle_all(Sum (&sums)[Rows][Columns]) {

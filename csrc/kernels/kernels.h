@@ -41,7 +41,8 @@ inline int value_groups(int dim) { return (dim + kValueGroup - 1) / kValueGroup;
 inline size_t value_row_bytes(int dim) { return size_t(value_groups(dim)) * 16; }
 inline size_t value_parameter_bytes(int dim) { return size_t(value_groups(dim)) * 64; }
 
-// One query, rotated and quantised in two signed 8-bit digits: q ~ unit (high + low / 254).
+// One query, rotated and quantised in two signed 8-bit digits: q ~ unit (high + low / 254), or
+// 128 for 254: see dots.h.
 struct CodedQuery {
     const int8_t* high;  // [padded8(dim)]
     const int8_t* low;   // [padded8(dim)]
@@ -52,8 +53,8 @@ struct CodedQuery {
     float slope4, slope4_step, slope8, slope8_step, slack;
 };
 
-// What splitting a rotated query into digits gives: y ~ step (high + low / 254), sums of the digits, and the norms, in
-// units of the step, of what one digit and what both leave.
+// What splitting a rotated query into digits gives: y ~ step (high + low / 254 or 128), sums of the digits, and the
+// norms, in units of the step, of what one digit and what both leave.
 struct QueryDigits {
     double step, rest4, rest8;
     int high_sum, low_sum;
@@ -150,9 +151,9 @@ struct Kernels {
     // Digits of a rotated query y[padded16(dim)]; high and low have padded16(dim) places.
     void (*split_query)(const float* y, int dim, int8_t* high, int8_t* low, QueryDigits* found);
 
-    // estimates[q][block * 16 + i] for `blocks` blocks; maxima[q] is raised to the largest.
-    void (*scan)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* estimates,
-                 size_t estimate_stride, float* maxima);
+    // estimates[q][block * 16 + i] for `blocks` blocks, every `spacing`-th; maxima[q] is raised to the largest.
+    void (*scan)(const uint8_t* high, int dim, size_t blocks, size_t spacing, const CodedQuery* queries, int count,
+                 float* estimates, size_t estimate_stride, float* maxima);
     // The same blocks in one pass, at most 2,048 keys: upper bounds (estimate + band) instead of
     // estimates, where `uppers` is not null, their largest estimate, and the sum of exp(estimate - largest), at
     // most 6.2 % too large. block_masses[q * mass_stride + block]: sum of exp(upper - largest) over the keys of a
@@ -181,6 +182,9 @@ struct Kernels {
     // Estimates of `blocks` blocks from both planes; maxima as in `scan`.
     void (*refine)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
                    int count, float* estimates, size_t estimate_stride, float* maxima);
+    // Estimates [count][16] of the blocks of a list, from the first plane and from both.
+    void (*estimate_listed)(const uint8_t* high, const uint8_t* low, int dim, const uint32_t* blocks, size_t count,
+                            const CodedQuery* query, float* coarse, float* refined);
     // Two-stage selection over blocks. In doubt for a query are the keys whose upper bound reaches its threshold; or,
     // when block_masses are given, the blocks whose upper mass is not below `mass_from`; a block in doubt for one query
     // is refined for all. Reading the second plane of a block costs the same for one key as for all, so what counts is

@@ -62,12 +62,23 @@ inline double sum_of(f64x8 s) {
     return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
+// What becomes the digit 127.
+inline float most_of(const float* y, int wide) {
+    f32x16 top = {};
+    for (int at = 0; at < wide; at += 16) top = max_of(top, abs_of(load<f32x16>(y + at)));
+    float most = max_of_lanes(top);
+    if constexpr (kDigitPairs)  // each of two is rounded by at most a half: 127 become 128
+        for (int at = 0; at < wide; at += 2) {
+            const float both = __builtin_fabsf(y[at] + y[at + 1]);
+            if (both > most) most = both;
+        }
+    return most;
+}
+
 // The digits of one rotated query; both lists and y are padded with zeros to a multiple of 16.
 void split_query(const float* y, int dim, int8_t* high, int8_t* low, QueryDigits* found) {
     const int wide = (dim + 15) / 16 * 16;
-    f32x16 top = {};
-    for (int at = 0; at < wide; at += 16) top = max_of(top, abs_of(load<f32x16>(y + at)));
-    const double most = max_of_lanes(top), step = most > 0 ? most / 127.0 : 1.0, inverse = 1.0 / step;
+    const double most = most_of(y, wide), step = most > 0 ? most / 127.0 : 1.0, inverse = 1.0 / step;
     const auto nearest = [](f64x8 x) {  // |x| <= 127.5
         const f64x8 zero = {}, half = zero + 0.5;
         const i32x8 digit = convert<i32x8>(x + select(x < zero, -half, half));
@@ -79,8 +90,8 @@ void split_query(const float* y, int dim, int8_t* high, int8_t* low, QueryDigits
         const f64x8 x = convert<f64x8>(load<f32x8>(y + at)) * inverse;
         const i32x8 first = nearest(x);
         const f64x8 after_high = x - convert<f64x8>(first);
-        const i32x8 second = nearest(after_high * 254.0);
-        const f64x8 after_low = after_high - convert<f64x8>(second) * (1.0 / 254.0);
+        const i32x8 second = nearest(after_high * double(kFiner));
+        const f64x8 after_low = after_high - convert<f64x8>(second) * (1.0 / double(kFiner));
         rest4 += after_high * after_high;
         rest8 += after_low * after_low;
         high_sum += first;
@@ -225,12 +236,12 @@ private:
         : own{ScanQuery(queries[I], dim)...} {}
 };
 
-// Estimates of `Blocks` neighbouring blocks of one tile; raises top[q].
-template <int Count, int Blocks>
-inline void score_together(const uint8_t* high, int dim, const ScanQuery* queries, float* estimates, size_t stride,
-                           Floats* top) {
-    const int pairs = (dim + 7) / 8;
-    const size_t bytes = size_t(pairs) * 64;
+// Estimates of `Blocks` neighbouring blocks of one tile, a register of keys at a time:
+// take(block, part, query, step, residual, estimate). `Pairs` of dimensions by fours, or 0: as many as `dim` says.
+template <int Count, int Blocks, int Pairs, class Take>
+inline void score_together(const uint8_t* high, int dim, size_t spacing, const ScanQuery* queries, const Take& take) {
+    const int pairs = Pairs ? Pairs : (dim + 7) / 8;
+    const size_t bytes = size_t(pairs) * 64, apart = spacing * (bytes + 64);
     for (int part = 0; part < kParts; part += kPartsTogether) {
         PlaneSum sum[Blocks * kPartsTogether][Count];
         in_turns(
@@ -241,7 +252,7 @@ inline void score_together(const uint8_t* high, int dim, const ScanQuery* querie
             },
             [&](int p) {
                 for (int k = 0; k < Blocks; ++k) {
-                    const uint8_t* line = high + k * (bytes + 64) + p * 64;
+                    const uint8_t* line = high + k * apart + p * 64;
                     if (part == 0) __builtin_prefetch(line + kBytesAhead);
                     PlaneCodes codes[kPartsTogether];
                     for (int i = 0; i < kPartsTogether; ++i)
@@ -256,148 +267,176 @@ inline void score_together(const uint8_t* high, int dim, const ScanQuery* querie
             },
             [&] { settle_all(sum); });
         for (int k = 0; k < Blocks; ++k) {
-            const uint8_t* steps = high + k * (bytes + 64) + bytes;
+            const uint8_t* steps = high + k * apart + bytes;
             if (part == 0) __builtin_prefetch(steps + kBytesAhead);
             for (int i = 0; i < kPartsTogether; ++i) {
-                const Floats step = part_of_bfloat16(steps, part + i);
+                const Floats step = part_of_bfloat16(steps, part + i),
+                             residual = part_of_bfloat16(steps + 32, part + i);
                 for (int q = 0; q < Count; ++q) {
                     const ScanQuery& query = queries[q];
-                    const Floats dot = convert<Floats>(sum[k * kPartsTogether + i][q].total()) - query.offset;
-                    const Floats estimate = step * (query.factor * dot) + query.centre;
-                    top[q] = max_of(top[q], estimate);
-                    store(estimates + q * stride + k * 16 + (part + i) * kPartLanes, estimate);
+                    const Floats dot = convert<Floats>(sum[k * kPartsTogether + i][q].total());
+                    take(k, part + i, q, step, residual, step * (query.factor * (dot - query.offset)) + query.centre);
                 }
             }
         }
     }
 }
 
-template <int Count>
-inline void score_blocks(const uint8_t* high, int dim, size_t blocks, const ScanQuery* queries, float* estimates,
-                         size_t stride, Floats* top) {
-    const size_t bytes = size_t(dim + 7) / 8 * 64 + 64;
+// Of `blocks` blocks, every `spacing`-th.
+template <int Count, int Pairs, class Take>
+inline void score_blocks(const uint8_t* high, int dim, size_t blocks, size_t spacing, const ScanQuery* queries,
+                         const Take& take) {
+    const size_t bytes = spacing * (size_t(dim + 7) / 8 * 64 + 64);
     size_t block = 0;
+    const auto shifted = [&](int k, auto... rest) { take(block + size_t(k), rest...); };
     for (; block + kScanBlocks <= blocks; block += kScanBlocks)
-        score_together<Count, kScanBlocks>(high + block * bytes, dim, queries, estimates + block * 16, stride, top);
-    if (block < blocks)
-        score_together<Count, 1>(high + block * bytes, dim, queries, estimates + block * 16, stride, top);
+        score_together<Count, kScanBlocks, Pairs>(high + block * bytes, dim, spacing, queries, shifted);
+    if (block < blocks) score_together<Count, 1, Pairs>(high + block * bytes, dim, spacing, queries, shifted);
 }
 
-// A function of its own: taken together with those of other counts, GCC keeps sums in memory.
-template <int Count>
-[[gnu::noinline]] void scan_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+// body(Number<pairs>()) for the two widths of most models, whose sums then stay in registers; Number<0>() for others.
+template <class Body>
+inline void with_pairs(int dim, const Body& body) {
+    if (dim == 64) return body(Number<8>());
+    if (dim == 128) return body(Number<16>());
+    body(Number<0>());
+}
+// body(count, pairs). Functions of their own: taken together with those of other counts, GCC keeps sums in memory.
+template <class Body>
+inline void with_shape(int count, int dim, const Body& body) {
+    with_number<kTile>(count, [&](auto number) { with_pairs(dim, [&](auto pairs) { body(number, pairs); }); });
+}
+
+template <int Count, int Pairs>
+[[gnu::noinline]] void scan_tile(const uint8_t* high, int dim, size_t blocks, size_t spacing, const CodedQuery* queries,
                                  float* estimates, size_t stride, float* maxima) {
     const ScanQueries<Count> scanned(queries, dim);
     Floats top[Count];
     for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(maxima[q]);
-    score_blocks<Count>(high, dim, blocks, scanned.own, estimates, stride, top);
+    score_blocks<Count, Pairs>(high, dim, blocks, spacing, scanned.own,
+                               [&](size_t block, int part, int q, Floats, Floats, Floats estimate) {
+                                   top[q] = max_of(top[q], estimate);
+                                   store(estimates + q * stride + block * 16 + part * kPartLanes, estimate);
+                               });
     for (int q = 0; q < Count; ++q) maxima[q] = max_of_lanes(top[q]);
 }
 
-void scan(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* estimates,
-          size_t stride, float* maxima) {
-    with_number<kTile>(count, [&](auto number) {
-        scan_tile<decltype(number)::value>(high, dim, blocks, queries, estimates, stride, maxima);
+void scan(const uint8_t* high, int dim, size_t blocks, size_t spacing, const CodedQuery* queries, int count,
+          float* estimates, size_t stride, float* maxima) {
+    with_shape(count, dim, [&](auto number, auto pairs) {
+        scan_tile<decltype(number)::value, decltype(pairs)::value>(high, dim, blocks, spacing, queries, estimates,
+                                                                   stride, maxima);
     });
 }
 
-// As flash attention keeps its running maximum: a few blocks are scored, then their masses added.
+// What makes upper bounds of estimates, away from memory that might be what is written to.
+struct ScanBand {
+    float slope, slope_step, slack;
+    Floats operator()(Floats step, Floats residual) const { return slope * residual + slope_step * step + slack; }
+};
 template <int Count>
-inline void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, float* uppers,
-                           size_t uppers_stride, float* maxima, double* masses, float* block_masses,
-                           size_t mass_stride) {
+struct ScanBands {
+    ScanBand own[Count];
+    explicit ScanBands(const CodedQuery* queries) {
+        for (int q = 0; q < Count; ++q) own[q] = {queries[q].slope4, queries[q].slope4_step, queries[q].slack};
+    }
+};
+
+// As flash attention keeps its running maximum: weights are relative to an estimate that was seen. Another one takes
+// its place, and what was added up is scaled, only when it leads by so much that a weight might not fit float32.
+constexpr float kHeadroom = 40.0f;  // nats; a band takes at most 30 more, and CoarseExp bears 80
+template <int Count, int Pairs, bool Keep>
+[[gnu::noinline]] void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+                                      float* uppers, size_t stride, float* maxima, double* masses, float* block_masses,
+                                      size_t mass_stride) {
     constexpr size_t kGroup = 8;
-    const size_t bytes = size_t(dim + 7) / 8 * 64;
-    alignas(64) float scratch[Count * kGroup * 16];
-    const size_t stride = uppers ? uppers_stride : kGroup * 16;
-    float reference[Count];
-    f32x16 sum[Count] = {};
+    const size_t bytes = size_t(dim + 7) / 8 * 64 + 64;
     const ScanQueries<Count> scanned(queries, dim);
-    for (int q = 0; q < Count; ++q) reference[q] = -3.0e38f;
+    const ScanBands<Count> bands(queries);
+    CoarseExp weight_of[Count];
+    float reference[Count];
+    Floats top[Count], sum[Count];
+    for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(-3.0e38f), sum[q] = Floats{};
+    const auto refer_to = [&](int q, float to, size_t before) {
+        const float factor = max_of_lanes(exp_of(splat(reference[q] - to)));
+        float* own = block_masses + q * mass_stride;
+        for (size_t i = 0; i < before; i += 16) store(own + i, load<f32x16>(own + i) * factor);
+        sum[q] *= factor;
+        reference[q] = to;
+        weight_of[q] = CoarseExp(to);
+    };
+    score_blocks<Count, Pairs>(high, dim, 1, 1, scanned.own, [&](size_t, int, int q, Floats, Floats, Floats estimate) {
+        top[q] = max_of(top[q], estimate);
+    });
+    for (int q = 0; q < Count; ++q) refer_to(q, reference[q] = max_of_lanes(top[q]), 0);
     for (size_t first = 0; first < blocks; first += kGroup) {
         const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
-        const uint8_t* codes = high + first * (bytes + 64);
-        float* here = uppers ? uppers + first * 16 : scratch;
-        Floats top[Count];
-        for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(-kInfinity);
-        score_blocks<Count>(codes, dim, count, scanned.own, here, stride, top);
-        for (int q = 0; q < Count; ++q) {
-            const float highest = max_of_lanes(top[q]);
-            if (highest > reference[q]) {
-                const f32x16 factor = exp_of(splat(reference[q] - highest));
-                sum[q] *= factor;
-                float* earlier = block_masses + q * mass_stride;
-                for (size_t i = 0; i < first; i += 16) store(earlier + i, load<f32x16>(earlier + i) * factor);
-                reference[q] = highest;
+        Floats of_keys[Count], of_block[Count][kGroup];  // of estimates, of upper bounds
+        for (bool again = true; again;) {
+            for (int q = 0; q < Count; ++q) {
+                of_keys[q] = Floats{};
+                for (Floats& mass : of_block[q]) mass = Floats{};
+            }
+            score_blocks<Count, Pairs>(
+                high + first * bytes, dim, count, 1, scanned.own,
+                [&](size_t block, int part, int q, Floats step, Floats residual, Floats estimate) {
+                    const Floats upper = estimate + bands.own[q](step, residual);
+                    top[q] = max_of(top[q], estimate);
+                    of_keys[q] += weight_of[q](estimate);
+                    of_block[q][block] += weight_of[q](upper);
+                    if (Keep) store(uppers + q * stride + (first + block) * 16 + part * kPartLanes, upper);
+                });
+            again = false;
+            for (int q = 0; q < Count; ++q) {
+                const float highest = max_of_lanes(top[q]);
+                if (!(highest > reference[q] + kHeadroom)) continue;
+                refer_to(q, highest, first);
+                again = true;
             }
         }
-        CoarseExp weight_of[Count];
-        for (int q = 0; q < Count; ++q) weight_of[q] = CoarseExp(reference[q]);
-        for (size_t block = 0; block < kGroup; block += 4) {
-            Folded upper_mass[Count][4];
-            for (size_t b = 0; b < 4; ++b, codes += bytes + 64) {
-                if (block + b >= count) {  // what lies behind `blocks` weighs nothing
-                    for (int q = 0; q < Count; ++q) upper_mass[q][b] = Folded{};
-                    continue;
-                }
-                const f32x16 step = load_bfloat16<f32x16>(codes + bytes),
-                             residual = load_bfloat16<f32x16>(codes + bytes + 32);
-                for (int q = 0; q < Count; ++q) {
-                    const CodedQuery& query = queries[q];
-                    float* own = here + q * stride + (block + b) * 16;
-                    const f32x16 estimate = load<f32x16>(own);
-                    const f32x16 upper = estimate + (query.slope4 * residual + query.slope4_step * step + query.slack);
-                    sum[q] += weight_of[q](estimate);
-                    if (uppers) store(own, upper);
-                    upper_mass[q][b] = folded(weight_of[q](upper));
-                }
-            }
-            for (int q = 0; q < Count; ++q) sums_of_4(upper_mass[q], block_masses + q * mass_stride + first + block);
+        for (int q = 0; q < Count; ++q) {
+            sum[q] += of_keys[q];
+            for (size_t block = 0; block < kGroup; block += 4)
+                sums_of_4(of_block[q] + block, block_masses + q * mass_stride + first + block);
         }
     }
     for (int q = 0; q < Count; ++q) {
-        maxima[q] = reference[q];
+        maxima[q] = max_of_lanes(top[q]);
+        refer_to(q, maxima[q], blocks);
         masses[q] = sum_of(sum[q]);
     }
 }
 
 void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
                size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride) {
-    with_number<kTile>(count, [&](auto number) {
-        scan_mass_tile<decltype(number)::value>(high, dim, blocks, queries, uppers, stride, maxima, masses,
-                                                block_masses, mass_stride);
+    with_shape(count, dim, [&](auto number, auto pairs) {
+        constexpr int kCount = decltype(number)::value, kPairs = decltype(pairs)::value;
+        const auto tile = uppers ? scan_mass_tile<kCount, kPairs, true> : scan_mass_tile<kCount, kPairs, false>;
+        tile(high, dim, blocks, queries, uppers, stride, maxima, masses, block_masses, mass_stride);
     });
 }
 
-template <int Count>
-inline void scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
-                            const float* thresholds, uint16_t* masks) {
-    constexpr size_t kGroup = 8;
-    const size_t bytes = size_t(dim + 7) / 8 * 64;
-    alignas(64) float scratch[Count * kGroup * 16];
-    Floats top[Count] = {};
+// A bit for each key whose upper bound reaches the threshold.
+template <int Count, int Pairs>
+[[gnu::noinline]] void scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+                                       const float* thresholds, uint16_t* masks) {
     const ScanQueries<Count> scanned(queries, dim);
-    for (size_t first = 0; first < blocks; first += kGroup) {
-        const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
-        const uint8_t* codes = high + first * (bytes + 64);
-        score_blocks<Count>(codes, dim, count, scanned.own, scratch, kGroup * 16, top);
-        for (size_t b = 0; b < count; ++b, codes += bytes + 64) {
-            const f32x16 step = load_bfloat16<f32x16>(codes + bytes),
-                         residual = load_bfloat16<f32x16>(codes + bytes + 32);
-            for (int q = 0; q < Count; ++q) {
-                const CodedQuery& query = queries[q];
-                const f32x16 upper = load<f32x16>(scratch + (q * kGroup + b) * 16) +
-                                     (query.slope4 * residual + query.slope4_step * step + query.slack);
-                masks[(first + b) * kTile + q] = uint16_t(mask_ge(upper, splat(thresholds[q])));
-            }
-        }
-    }
+    const ScanBands<Count> bands(queries);
+    float threshold[Count];
+    for (int q = 0; q < Count; ++q) threshold[q] = thresholds[q];
+    for (size_t i = 0; i < blocks * kTile; ++i) masks[i] = 0;
+    score_blocks<Count, Pairs>(high, dim, blocks, 1, scanned.own,
+                               [&](size_t block, int part, int q, Floats step, Floats residual, Floats estimate) {
+                                   const Floats upper = estimate + bands.own[q](step, residual);
+                                   masks[block * kTile + q] |=
+                                       uint16_t(mask_ge(upper, splat_to<Floats>(threshold[q])) << (part * kPartLanes));
+                               });
 }
 
 void scan_reach(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
                 const float* thresholds, uint16_t* masks) {
-    with_number<kTile>(count, [&](auto number) {
-        scan_reach_tile<decltype(number)::value>(high, dim, blocks, queries, thresholds, masks);
+    with_shape(count, dim, [&](auto number, auto pairs) {
+        scan_reach_tile<decltype(number)::value, decltype(pairs)::value>(high, dim, blocks, queries, thresholds, masks);
     });
 }
 
@@ -637,6 +676,7 @@ const Kernels& table() {
                                 mass_below,
                                 sum_exp,
                                 refine,
+                                estimate_listed,
                                 select,
                                 accumulate_codes,
                                 bounds,

@@ -24,8 +24,8 @@ void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t block
         for (int p = 0; p < pairs; ++p, to += 512) {
             for (int at = 0; at < 64; at += kRegisterBytes) {
                 const Bytes h = load<Bytes>(high + p * 64 + at), l = load<Bytes>(low + p * 64 + at);
-                store(to + at, ByteCodes::of_low(h, l).bytes());
-                store(to + 256 + at, ByteCodes::of_high(h, l).bytes());
+                store(to + at, joined_low(h, l));
+                store(to + 256 + at, joined_high(h, l));
             }
         }
         const f32x16 step = load_bfloat16<f32x16>(high + bytes);
@@ -45,14 +45,7 @@ void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t block
 // q ~ step * digits for one rotated query y; `rest` = |y - decoded|, from above.
 void code_query(const float* y, int dim, PanelQuery* query) {
     const int wide = (dim + 15) / 16 * 16;
-    f32x16 top = {};
-    for (int at = 0; at < wide; at += 16) top = max_of(top, abs_of(load<f32x16>(y + at)));
-    float most = max_of_lanes(top);
-    if constexpr (kDigitPairs)  // each of two is rounded by at most a half: 127 become 128
-        for (int at = 0; at < wide; at += 2) {
-            const float both = __builtin_fabsf(y[at] + y[at + 1]);
-            if (both > most) most = both;
-        }
+    const float most = most_of(y, wide);
     const float step = most > 0 ? most / 127.0f : 1.0f, inverse = 1.0f / step;
     i32x16 sum = {};
     f32x16 rest = {};

@@ -7,47 +7,18 @@
 // What a refinement needs of a query's first digits, or of its second ones.
 struct DigitRow {
     const int8_t* digits;
-    DigitStarts starts;
     float offset;  // codes are centred at 127.5
-    DigitRow(const int8_t* list, float sum, int dim)
-        : digits(list), starts(list, (dim + 7) / 8), offset(127.5f * sum + float(17 * starts.total())) {}
 };
 template <int Count>
 struct DigitRows {
     DigitRow first[Count], second[Count];
-    DigitRows(const CodedQuery* queries, int dim) : DigitRows(queries, dim, std::make_integer_sequence<int, Count>()) {}
-
-private:
-    template <int... I>
-    DigitRows(const CodedQuery* queries, int dim, std::integer_sequence<int, I...>)
-        : first{DigitRow(queries[I].high, queries[I].high_sum, dim)...},
-          second{DigitRow(queries[I].low, queries[I].low_sum, dim)...} {}
+    explicit DigitRows(const CodedQuery* queries) {
+        for (int q = 0; q < Count; ++q) {
+            first[q] = {queries[q].high, 127.5f * queries[q].high_sum};
+            second[q] = {queries[q].low, 127.5f * queries[q].low_sum};
+        }
+    }
 };
-
-// totals[block][row] = products of a row of digits with both planes of a block, one register of its keys.
-template <int Rows, int Blocks>
-inline void multiply_planes(const uint8_t* const* high, const uint8_t* const* low, int pairs, int part,
-                            const DigitRow* const* rows, Ints (*totals)[Rows]) {
-    ByteSum sums[Blocks][Rows];
-    in_turns(
-        pairs,
-        [&](int turn) {
-            for (auto& of_block : sums)
-                for (int r = 0; r < Rows; ++r) of_block[r].begin(rows[r]->starts.of_turn(turn));
-        },
-        [&](int p) {
-            const size_t at = size_t(p) * 64 + size_t(part) * kRegisterBytes;
-            for (int k = 0; k < Blocks; ++k) {
-                const Bytes h = load<Bytes>(high[k] + at), l = load<Bytes>(low[k] + at);
-                const ByteCodes first = ByteCodes::of_low(h, l), second = ByteCodes::of_high(h, l);
-                for (int r = 0; r < Rows; ++r) sums[k][r].add(first, four_digits(rows[r]->digits + 8 * p));
-                for (int r = 0; r < Rows; ++r) sums[k][r].add(second, four_digits(rows[r]->digits + 8 * p + 4));
-            }
-        },
-        [&] { settle_all(sums); });
-    for (int k = 0; k < Blocks; ++k)
-        for (int r = 0; r < Rows; ++r) totals[k][r] = sums[k][r].total();
-}
 
 // Estimates of `Blocks` blocks for `Count` of the queries, refined[Blocks][all queries][16]. Two blocks share each load
 // of the queries' digits.
@@ -55,26 +26,32 @@ template <int Count, int Blocks, int All>
 inline void refine_together(const uint8_t* const* high, const uint8_t* const* low, int dim, const CodedQuery* queries,
                             const DigitRows<All>& rows, const int* which, float* refined) {
     const int pairs = (dim + 7) / 8;
-    // Both digits of all queries at once, or as many as there are registers for.
-    constexpr int kTurns = Count * 2 > kDigitRows ? 2 : 1, kRows = 2 * Count / kTurns;
-    const DigitRow* own[2 * Count];
-    for (int q = 0; q < Count; ++q) {
-        own[q] = &rows.first[which[q]];
-        own[Count + q] = &rows.second[which[q]];
-    }
+    DigitRow first[Count], second[Count];
+    for (int q = 0; q < Count; ++q) first[q] = rows.first[which[q]], second[q] = rows.second[which[q]];
     for (int part = 0; part < kParts; ++part) {
-        Ints totals[kTurns][Blocks][kRows];
-        for (int turn = 0; turn < kTurns; ++turn)
-            multiply_planes<kRows, Blocks>(high, low, pairs, part, own + turn * kRows, totals[turn]);
+        Ints coarse[Blocks][Count] = {}, fine[Blocks][Count] = {};
+        for (int p = 0; p < pairs; ++p) {
+            const size_t at = size_t(p) * 64 + size_t(part) * kRegisterBytes;
+            for (int k = 0; k < Blocks; ++k) {
+                const Bytes h = load<Bytes>(high[k] + at), l = load<Bytes>(low[k] + at);
+                const auto add = [&](Bytes codes, int from) {
+                    for (int q = 0; q < Count; ++q) {
+                        coarse[k][q] = add_scores(coarse[k][q], codes, four_digits(first[q].digits + from));
+                        fine[k][q] = add_scores(fine[k][q], codes, four_digits(second[q].digits + from));
+                    }
+                };
+                add(joined_low(h, l), 8 * p);
+                add(joined_high(h, l), 8 * p + 4);
+            }
+        }
         for (int k = 0; k < Blocks; ++k) {
             const Floats step = part_of_bfloat16(high[k] + size_t(pairs) * 64, part);
             for (int q = 0; q < Count; ++q) {
                 const CodedQuery& query = queries[which[q]];
-                const auto sum = [&](int row) { return convert<Floats>(totals[row / kRows][k][row % kRows]); };
-                const Floats coarse = sum(q) - own[q]->offset;
-                const Floats fine = sum(Count + q) - own[Count + q]->offset;
+                const Floats sum = (convert<Floats>(coarse[k][q]) - first[q].offset) +
+                                   (convert<Floats>(fine[k][q]) - second[q].offset) * (1.0f / kFiner);
                 store(refined + (k * All + which[q]) * 16 + part * kPartLanes,
-                      step * (query.unit * (coarse + fine * (1.0f / 254.0f))) + query.centre);
+                      step * (query.unit * sum) + query.centre);
             }
         }
     }
@@ -87,7 +64,7 @@ inline void refine_tile(const uint8_t* high, const uint8_t* low, int dim, size_t
     const size_t bytes = size_t(dim + 7) / 8 * 64;
     alignas(64) float refined[Count * 16];
     f32x16 top[Count];
-    const DigitRows<Count> rows(queries, dim);
+    const DigitRows<Count> rows(queries);
     for (int q = 0; q < Count; ++q) top[q] = splat(maxima[q]);
     for (size_t block = 0; block < blocks; ++block, high += bytes + 64, low += bytes + 32) {
         refine_together<Count, 1>(&high, &low, dim, queries, rows, kEvery, refined);
@@ -105,6 +82,20 @@ void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, con
     with_number<kTile>(count, [&](auto number) {
         refine_tile<decltype(number)::value>(high, low, dim, blocks, queries, estimates, stride, maxima);
     });
+}
+
+void estimate_listed(const uint8_t* high, const uint8_t* low, int dim, const uint32_t* blocks, size_t count,
+                     const CodedQuery* query, float* coarse, float* refined) {
+    const size_t bytes = size_t(dim + 7) / 8 * 64;
+    const ScanQueries<1> scanned(query, dim);
+    const DigitRows<1> rows(query);
+    for (size_t i = 0; i < count; ++i) {
+        const uint8_t *h = high + blocks[i] * (bytes + 64), *l = low + blocks[i] * (bytes + 32);
+        score_together<1, 1, 0>(h, dim, 1, scanned.own, [&](int, int part, int, Floats, Floats, Floats estimate) {
+            store(coarse + i * 16 + part * kPartLanes, estimate);
+        });
+        refine_together<1, 1>(&h, &l, dim, query, rows, kEvery, refined + i * 16);
+    }
 }
 
 constexpr int kRefineBlocks = kParts == 1 ? 2 : 1;
@@ -239,7 +230,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
     Doubtful<Count> found;
     find_doubtful<Count, Wanted>(blocks, selection, uppers, stride, block_masses, mass_stride, reaching, found,
                                  omitted);
-    const DigitRows<Count> rows(queries, dim);
+    const DigitRows<Count> rows(queries);
     for (size_t f = 0; f < found.count; f += kRefineBlocks) {
         const uint8_t *h[kRefineBlocks], *l[kRefineBlocks];
         for (int k = 0; k < kRefineBlocks; ++k) {

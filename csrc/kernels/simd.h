@@ -128,7 +128,8 @@ inline void sums_of_4(const Folded* x, float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 #else
-inline void sums_of_4(const Folded* x, float* out) {
+template <class V>
+inline void sums_of_4(const V* x, float* out) {
     for (int i = 0; i < 4; ++i) out[i] = sum_of(x[i]);
 }
 #endif
@@ -137,7 +138,10 @@ inline void sums_of_4(const f32x16* x, float* out) {
     sums_of_4(halves, out);
 }
 
-inline uint32_t mask_ge(f32x16 a, f32x16 b) { return bits_of(a >= b); }
+template <class V>
+inline uint32_t mask_ge(const V& a, const V& b) {
+    return bits_of(a >= b);
+}
 inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return bits_of(~(a < b)); }
 inline uint32_t mask_positive(i32x16 x) { return bits_of(x > splat(0)); }
 inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
@@ -285,9 +289,10 @@ struct CoarseExp {
     explicit CoarseExp(float reference)
         : start(float(127.0 * 8388608.0 + 256.0 + 4.0 * __builtin_fabs(double(reference)) -
                       double(reference) * double(kPerNat))) {}
-    f32x16 operator()(f32x16 x) const {
-        const f32x16 t = x * kPerNat + start;
-        return as<f32x16>(convert<i32x16>(max_of(t, splat(0.0f))));
+    template <class V>
+    V operator()(const V& x) const {
+        const V t = x * kPerNat + start;
+        return as<V>(convert<Vector<int32_t, Shape<V>::lanes>>(max_of(t, V{})));
     }
     static constexpr float kPerNat = 1.44269504f * 8388608.0f;
 };

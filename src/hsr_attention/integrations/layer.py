@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ _METADATA = frozenset(
 )
 
 
+@cache
+def _point(dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty((), dtype=dtype)
+
+
 class CachedRows(torch.Tensor):
     """Keys or values that stand in a cache: shape and dtype of a tensor, but not its data.
 
@@ -49,7 +55,7 @@ class CachedRows(torch.Tensor):
     def of(cls, layer: HSRLayer, new: torch.Tensor, is_fresh: bool) -> CachedRows:
         """Stand for all rows of ``layer``: ``new`` are the newest or, fresh, the only ones."""
         shape = (*new.shape[:2], len(layer.rows), new.shape[3])
-        rows = torch.empty((), dtype=new.dtype).expand(shape).as_subclass(cls)
+        rows = _point(new.dtype).expand(shape).as_subclass(cls)
         rows.layer = layer
         rows.tokens = shape[2]
         rows.new_tokens = new.shape[2]
@@ -230,10 +236,10 @@ class HSRLayer(CacheLayerMixin):
         is_fresh = len(self.rows) == 0
         self.append(key_states, value_states)
         self._count()
-        return (
-            CachedRows.of(self, key_states, is_fresh),
-            CachedRows.of(self, value_states, is_fresh),
-        )
+        keys = CachedRows.of(self, key_states, is_fresh)
+        if not is_fresh and value_states.shape == key_states.shape:  # nothing tells them apart
+            return keys, keys
+        return keys, CachedRows.of(self, value_states, is_fresh)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append keys and values."""
