@@ -109,16 +109,13 @@ int64_t Prefill::run_ranges(Workspace& space, size_t at, size_t here, int head, 
     float widest = 0;
     for (size_t range = 0; range < ranges; ++range) widest = std::max(widest, own[(range + 1) * floats - 1]);
     int64_t skipped = 0;
-    space.words = 0;
     for (size_t slot = 0; slot < here; ++slot) {
         space.take(slot);
-        space.units[slot] = 0.0f;
         skipped += select_digits(space, at + slot, head, first, ranges * kRangeKeys, slot, remaining, widest);
     }
-    if (space.words)
-        kernels().multiply_panel(value_codes_.get() + begin * range_bytes(), own, value_dim_, space.words,
-                                 space.digits.data(), space.units, space.digit_sums, int(here), accumulator(space, at),
-                                 size_t(padded16(value_dim_)));
+    kernels().multiply_panel(value_codes_.get() + begin * range_bytes(), own, value_dim_, space.words,
+                             space.digits.data(), space.units, space.digit_sums, int(here), accumulator(space, at),
+                             size_t(padded16(value_dim_)));
     for (size_t slot = 0; slot < here; ++slot) accumulate(space, at + slot, head, slot);
     return skipped;
 }

@@ -47,8 +47,10 @@ double Prefill::guess(const Row& row, double remaining, double off) const {
     const double mass = remaining > 0.99 ? likely_mass(row, remaining) : row.mass;
     const double allowed = (kAim * budget_ * mass - row.omitted) / (each * (1 + off));
     if (!(allowed > 0)) return double(row.curve_top) - kCurve;
+    // The curve falls: its points above, counted without a branch that nothing predicts.
+    const float limit = float(allowed);
     int j = 0;
-    while (j<kCurve&& double(row.curve[j])> allowed) ++j;
+    for (const float point : row.curve) j += point > limit;
     if (j == 0) return double(row.curve_top);
     if (j == kCurve) return double(row.curve_top) - kCurve + 1;
     // Between two points the mass below a threshold falls like a power of two.

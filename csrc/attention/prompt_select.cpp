@@ -95,7 +95,7 @@ int64_t Prefill::select_digits(Workspace& space, size_t i, int head, size_t firs
     const double mean_mass = double(found.omitted) / kLineMean;
     row.stand_in += mean_mass;
     kernels().axpy(Dtype::float32, space.mean_value.data(), float(mean_mass), value_dim_, stand_in(space, i));
-    space.words |= found.words;
+    space.words[slot] = found.coded ? found.words : 0;
     if (found.exact) add_exact(space, i, head, found.exact);
     if (found.coded) {
         const double cap = std::exp2(found.cap - row.reference), unit = cap / double(kDigits);

@@ -34,7 +34,7 @@ constexpr double kSumExcess = 1.0001;
 // The part of epsilon that guessed thresholds aim at, and that they never exceed.
 constexpr double kAim = 0.85, kSpend = 0.99;
 constexpr size_t kSampleBlocks = 16;
-// Weights from here on, as a share of the mass, are never digits: a digit is then at most 2^-16 of the mass, and the
+// Weights from here on, as a share of the mass, are never digits: a digit is then at most 2^-15 of the mass, and the
 // dither of thousands of small weights stays below 0.4 % of the spread of the values.
 constexpr double kLargestDigits = 1.0 / 512.0;
 // Of weights in digits: what the exponential is off by, less than 1e-4, and the rounding of logits.
@@ -98,9 +98,9 @@ struct Workspace {
     // Rows at once that see a whole panel of coded values: [row][key].
     std::vector<int8_t> digits;
     float units[kRowsAtOnce];
+    uint32_t words[kRowsAtOnce];  // bit w: keys 64 w .. 64 w + 63 hold one in digits
     uint32_t digit_sums[kRowsAtOnce * kRanges];
     size_t mean_keys = 0;           // of the panel in hand, whose mean is in mean_value
-    uint32_t words;                 // of 64 keys with a digit that is not zero
     uint32_t* positions = nullptr;  // of the row in hand
     float* weights = nullptr;
     size_t* count = nullptr;

@@ -60,10 +60,16 @@ inline Ints dot4(Ints sum, Bytes codes, int32_t digits) {
 
 // Codes of 8 bits and digits of queries; digits of weights and codes of values.
 constexpr bool kDigitPairs = false;
-constexpr int kValueShift = 0;
 inline Ints add_scores(Ints sum, Bytes codes, int32_t digits) { return dot4(sum, codes, digits); }
-inline Bytes value_codes(Bytes x) { return x; }
-inline Ints add_values(Ints sum, Bytes codes, int32_t digits) { return dot4(sum, codes, digits); }
+constexpr int kValueShift = 0, kValueSigns = 0, kValueWide = 4;  // registers of sums at once
+struct ValueSum {
+    Ints first{}, second{};  // short chains: each waits for itself
+    void add(Bytes codes, int32_t digits, Bytes more_codes, int32_t more) {
+        first = dot4(first, codes, digits);
+        second = dot4(second, more_codes, more);
+    }
+    Ints total() const { return first + second; }
+};
 
 struct PlaneCodes {
     Bytes first, second;
@@ -158,13 +164,18 @@ constexpr bool kDigitPairs = true;
 inline Ints add_scores(Ints sum, Bytes codes, int32_t digits) {
     return in_register(sum + widen((Words)_mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(digits))));
 }
-// Digits of weights are never negative, so that they can be the unsigned side: with codes less 128 two products sum to
-// at most 2 * 128 * 127 = 32512, inside 16 bits.
-constexpr int kValueShift = 128;
-inline Bytes value_codes(Bytes x) { return x ^ (uint8_t)0x80; }
-inline Ints add_values(Ints sum, Bytes codes, int32_t digits) {
-    return in_register(sum + widen((Words)_mm256_maddubs_epi16(_mm256_set1_epi32(digits), (__m256i)codes)));
-}
+// Digits of weights are never negative, so that they can be the unsigned side: with codes less 128 four products sum to
+// at most 4 * 128 * 63 = 32256, inside 16 bits.
+constexpr int kValueShift = 128, kValueSigns = int(0x80808080u), kValueWide = 8;  // registers of sums at once
+struct ValueSum {
+    Ints all{};
+    void add(Bytes codes, int32_t digits, Bytes more_codes, int32_t more) {
+        const Words words = (Words)_mm256_maddubs_epi16(_mm256_set1_epi32(digits), (__m256i)codes) +
+                            (Words)_mm256_maddubs_epi16(_mm256_set1_epi32(more), (__m256i)more_codes);
+        all = in_register(all + widen(words));
+    }
+    Ints total() const { return all; }
+};
 
 #endif
 

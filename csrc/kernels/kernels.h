@@ -123,8 +123,8 @@ struct PanelQuery {
 // [4 keys][padded16(dim)][4]; what belongs to a range as low, step and mean [padded16(dim)] and the largest step.
 constexpr size_t kRangeKeys = 256, kRanges = kPanelKeys / kRangeKeys;
 inline size_t range_floats(int dim) { return size_t(3 * padded16(dim) + 1); }
-// The largest weight in digits: with the dither, and 1e-4 of the exponential, still below 128.
-constexpr float kDigits = 126.0f;
+// The largest weight in digits: with the dither, and 1e-4 of the exponential, still below 64.
+constexpr float kDigits = 62.0f;
 // Which keys of a panel a query keeps, in digits or exactly; masses are relative to 2^reference.
 struct WeightLimits {
     float from, exact_from, reference;
@@ -240,9 +240,9 @@ struct Kernels {
     void (*code_values)(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t* codes, float* range);
     void (*weigh_panel)(const float* logits, size_t count, const WeightLimits* limits, int8_t* digits,
                         uint32_t* positions, float* exact, WeighedRow* out);
-    void (*multiply_panel)(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
-                           const float* units, const uint32_t* digit_sums, int count, float* accumulators,
-                           size_t stride);
+    void (*multiply_panel)(const uint8_t* codes, const float* ranges, int dim, const uint32_t* words,
+                           const int8_t* digits, const float* units, const uint32_t* digit_sums, int count,
+                           float* accumulators, size_t stride);
 };
 
 // The level in use: the best the machine has, or what HSR_ISA or use_isa asked for.

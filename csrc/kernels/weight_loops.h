@@ -31,7 +31,7 @@ void code_values(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t*
         };
         for (size_t key = 0; key < kRangeKeys; key += 4)
             store(codes + (key / 4 * wide + size_t(at)) * 4,
-                  code(key) | code(key + 1) << 8 | code(key + 2) << 16 | code(key + 3) << 24);
+                  (code(key) | code(key + 1) << 8 | code(key + 2) << 16 | code(key + 3) << 24) ^ kValueSigns);
         store(range + at, least);
         store(range + wide + at, step);
         store(range + 2 * wide + at, total * (1.0f / float(kRangeKeys)));
@@ -164,73 +164,73 @@ void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, 
     out->exact = found;
 }
 
-// The fours of keys of a range of which some query has a digit that is not zero; `list` has room for 16 more.
-template <int Queries>
-inline size_t fours_with_digits(const int8_t* digits, uint32_t words, uint32_t* list) {
-    size_t found = 0;
+// The fours of keys of a range that have a digit which is not zero.
+inline uint64_t fours_with_digits(const int8_t* digits, uint32_t words) {
+    static_assert(kRangeKeys / 4 <= 64, "a bit each");
+    uint64_t fours = 0;
     for (; words; words &= words - 1) {
-        const size_t word = size_t(__builtin_ctz(words));
-        i32x16 any = {};
-        for (int q = 0; q < Queries; ++q) any = any | load<i32x16>(digits + word * 64 + size_t(q) * kPanelKeys);
-        const uint32_t mask = mask_positive(any);  // digits are not negative
-        compress(mask, lane_numbers() + int32_t(word * 16), list + found);
-        found += size_t(__builtin_popcount(mask));
+        const int word = __builtin_ctz(words);
+        // digits are not negative
+        fours |= uint64_t(mask_positive(load<i32x16>(digits + word * 64))) << (16 * word);
     }
-    return found;
+    return fours;
 }
 
 // Of one range, the values' coordinates from `at` on, Wide registers of them.
-template <int Queries, int Wide>
-inline void multiply_strip(const uint8_t* codes, const float* range, size_t wide, int at, const uint32_t* fours,
-                           size_t count, const int8_t* digits, const float* units, const uint32_t* digit_sums,
-                           float* accumulators, size_t stride) {
-    Ints sum[Queries][Wide];
-    for (auto& row : sum)
-        for (Ints& own : row) own = Ints{};
+template <int Wide>
+inline void multiply_strip(const uint8_t* codes, const float* range, size_t wide, int at, uint64_t fours,
+                           const int8_t* digits, float unit, uint32_t digit_sum, float* accumulator) {
+    ValueSum sum[Wide];
     codes += size_t(at) * 4;
-    for (size_t i = 0; i < count; ++i) {
-        const uint8_t* from = codes + fours[i] * wide * 4;
-        const int8_t* own = digits + fours[i] * 4;
-        Bytes value[Wide];
-        for (int j = 0; j < Wide; ++j) value[j] = value_codes(load<Bytes>(from + kRegisterBytes * j));
-        for (int q = 0; q < Queries; ++q) {
-            const int32_t four = four_digits(own + size_t(q) * kPanelKeys);
-            for (int j = 0; j < Wide; ++j) sum[q][j] = add_values(sum[q][j], value[j], four);
-        }
+    const auto next = [&] {
+        const size_t four = size_t(__builtin_ctzll(fours));
+        fours &= fours - 1;
+        return four;
+    };
+    if (__builtin_popcountll(fours) % 2) {
+        const size_t one = next();
+        const int32_t digit = four_digits(digits + one * 4);
+        for (int j = 0; j < Wide; ++j)
+            sum[j].add(load<Bytes>(codes + one * wide * 4 + kRegisterBytes * j), digit, Bytes{}, 0);
+    }
+    while (fours) {
+        const size_t one = next(), two = next();
+        const int32_t digit = four_digits(digits + one * 4), more = four_digits(digits + two * 4);
+        for (int j = 0; j < Wide; ++j)
+            sum[j].add(load<Bytes>(codes + one * wide * 4 + kRegisterBytes * j), digit,
+                       load<Bytes>(codes + two * wide * 4 + kRegisterBytes * j), more);
     }
     for (int j = 0; j < Wide; ++j) {
         const int place = at + kPartLanes * j;
         const Floats low = load<Floats>(range + place), step = load<Floats>(range + wide + place);
-        for (int q = 0; q < Queries; ++q) {
-            float* to = accumulators + size_t(q) * stride + place;
-            const uint32_t digit_sum = digit_sums[size_t(q) * kRanges];
-            const Floats dot = convert<Floats>(sum[q][j] + int32_t(kValueShift * digit_sum));
-            store(to, load<Floats>(to) + units[q] * (step * dot + low * float(digit_sum)));
-        }
+        const Floats dot = convert<Floats>(sum[j].total() + int32_t(kValueShift * digit_sum));
+        float* to = accumulator + place;
+        store(to, load<Floats>(to) + unit * (step * dot + low * float(digit_sum)));
     }
 }
 
-// accumulators[q] += units[q] * sum of digits[q][key] * value of key, over the words of 64 keys in `words`;
-// digit_sums[q][range] are the sums of the digits. A range at a time: its codes stay in the first cache.
-void multiply_panel(const uint8_t* codes, const float* ranges, int dim, uint32_t words, const int8_t* digits,
+// accumulators[q] += units[q] * sum of digits[q][key] * value of key, over the words of 64 keys in words[q];
+// digit_sums[q][range] are the sums of the digits. A range at a time, so that its codes stay in the first cache; of a
+// range, a query reads the fours of keys that have a digit of its own.
+void multiply_panel(const uint8_t* codes, const float* ranges, int dim, const uint32_t* words, const int8_t* digits,
                     const float* units, const uint32_t* digit_sums, int count, float* accumulators, size_t stride) {
     constexpr size_t kWords = kRangeKeys / 64;
     const size_t wide = size_t((dim + 15) / 16 * 16);
-    with_number<kDenseRows>(count, [&](auto number) {
-        constexpr int kQueries = decltype(number)::value, kWide = kMicroRegisters;
-        for (size_t range = 0; range < kRanges; ++range) {
-            const uint32_t here = words >> (range * kWords) & ((1u << kWords) - 1);
+    for (size_t range = 0; range < kRanges; ++range) {
+        for (size_t q = 0; q < size_t(count); ++q) {
+            const uint32_t here = words[q] >> (range * kWords) & ((1u << kWords) - 1);
             if (!here) continue;
-            uint32_t fours[kRangeKeys / 4 + 16];
-            const size_t found = fours_with_digits<kQueries>(digits + range * kRangeKeys, here, fours);
+            const int8_t* own = digits + q * kPanelKeys + range * kRangeKeys;
+            const uint64_t fours = fours_with_digits(own, here);
             const auto strip = [&](auto registers, int at) {
-                multiply_strip<kQueries, decltype(registers)::value>(
-                    codes + range * kRangeKeys * wide, ranges + range * (3 * wide + 1), wide, at, fours, found,
-                    digits + range * kRangeKeys, units, digit_sums + range, accumulators, stride);
+                multiply_strip<decltype(registers)::value>(
+                    codes + range * kRangeKeys * wide, ranges + range * (3 * wide + 1), wide, at, fours, own, units[q],
+                    digit_sums[q * kRanges + range], accumulators + q * stride);
             };
             int at = 0;
-            for (; at + kPartLanes * kWide <= int(wide); at += kPartLanes * kWide) strip(Number<kWide>(), at);
+            for (; at + kPartLanes * kValueWide <= int(wide); at += kPartLanes * kValueWide)
+                strip(Number<kValueWide>(), at);
             for (; at < int(wide); at += kPartLanes) strip(Number<1>(), at);
         }
-    });
+    }
 }
