@@ -90,6 +90,15 @@ def test_info_says_which_way_each_layer_goes(run, model):
 
 
 @needs_torch
+def test_info_of_a_relu_model_asks_for_its_own_attention(run):
+    found = json.loads(ok(run("info", "--model", "relu-demo", "--json")))
+    assert {layer["path"] for layer in found["layers"]} == {"sparse decode"}
+    assert found["policy"] == "ReLUPolicy(threshold=SqrtLog(sigma=2.0), power=1)"
+    softmax = ok(run("info", "--model", "relu-demo", "--policy", "epsilon=0.05", "--json"))
+    assert {layer["path"] for layer in json.loads(softmax)["layers"]} == {"refused"}
+
+
+@needs_torch
 def test_info_of_models_with_other_layers(run, tmp_path):
     import transformers
 
