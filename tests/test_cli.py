@@ -99,6 +99,13 @@ def test_info_of_a_relu_model_asks_for_its_own_attention(run):
 
 
 @needs_torch
+@pytest.mark.parametrize("command", [("generate", "--lengths", 64), ("prefill", "--n", 64)])
+def test_benches_of_a_model_refuse_relu_attention(run, command, prompt):
+    arguments = ("--model", "relu-demo", "--prompt-file", prompt, "--rounds", 1)
+    refused(run("bench", *command, *arguments), "was trained with ReLU attention")
+
+
+@needs_torch
 def test_info_of_models_with_other_layers(run, tmp_path):
     import transformers
 

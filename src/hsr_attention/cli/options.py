@@ -390,6 +390,17 @@ def fitting(policy: Policy | None, loaded: Any) -> Policy:
     return policy or own
 
 
+def softmax_model(loaded: Any, command: str) -> None:
+    """Refuse a model with ReLU attention where torch's softmax attention is compared with."""
+    from hsr_attention.evaluation.generation import default_policy
+
+    if isinstance(default_policy(loaded.model.config), ReLUPolicy):
+        raise InputError(
+            f"{command} compares with torch's softmax attention, but {loaded.source.name} was "
+            "trained with ReLU attention: use hsr generate --compare-dense"
+        )
+
+
 PICTURES = (".pdf", ".png", ".svg")
 
 
