@@ -31,7 +31,7 @@ KEYS = [
     ),
     (floats(3, 4, dtype=bool), TypeError, "keys must be float32, bfloat16 or float16, got bool"),
     (np.array([["a", "b"]]), TypeError, "keys must be float32, bfloat16 or float16, got <U1"),
-    (None, TypeError, "keys must be float32, bfloat16 or float16, got object"),
+    (None, TypeError, "keys must be float32, bfloat16 or float16, got None"),
 ]
 
 
@@ -62,10 +62,54 @@ def test_keys_and_queries_that_are_not_finite(index_type, bad, dtype):
         index.top_r(keys, 1)
 
 
-@pytest.mark.parametrize("index_type", INDEXES)
-def test_overflow_of_float64_input_is_not_finite(index_type):
-    with pytest.raises(ValueError, match=r"^keys must be finite, got inf at \(0, 1\)"):
-        index_type([[1.0, 1e300]])
+@pytest.mark.parametrize("index_type", (*INDEXES, hsr.ConvexLayersIndex))
+def test_float64_that_float32_cannot_hold(index_type):
+    for found, rule in (
+        (-1e300, "at most 3.4e38 in size, the largest float32, got -1e+300"),
+        (np.inf, "finite, got inf"),
+    ):
+        with pytest.raises(ValueError, match=rf"^keys must be {re.escape(rule)} at \(1, 1\)$"):
+            index_type([[1.0, 0.0], [2.0, found]])
+
+
+def test_a_float64_tensor_that_float32_cannot_hold():
+    torch = pytest.importorskip("torch")
+    k = torch.zeros(1, 1, 3, 2, dtype=torch.float64)
+    k[0, 0, 2, 1] = 1e39
+    message = "k must be at most 3.4e38 in size, the largest float32, got 1e+39 at (0, 0, 2, 1)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        hsr.softmax_attention(k[:, :, :1] * 0, k, k)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: hsr.FlatIndex(K[0, 0]).report(None, 0), "queries must be float32, .* got None"),
+        (lambda: hsr.FlatIndex(K[0, 0]).report(K[0, 0], None), "thresholds must be real .* None"),
+        (lambda: hsr.FlatIndex(K[0, 0]).delete(None), "ids must be integers, got None"),
+        (lambda: hsr.softmax_attention(None, K, V), "q must be float32, .* got None"),
+        (lambda: hsr.softmax_attention(Q, None, V), "k must be float32, .* got None"),
+        (lambda: hsr.relu_attention(Q, K, None, threshold=0), "v must be float32, .* got None"),
+        (lambda: hsr.KVCache().append(None, V), "keys must be float32, .* got None"),
+        (lambda: hsr.KVCache().append(K, None), "values must be float32, .* got None"),
+    ],
+)
+def test_none_is_called_none(call, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        call()
+
+
+@pytest.mark.parametrize("index_type", (*INDEXES, hsr.ConvexLayersIndex))
+def test_a_wrong_call_names_the_class(index_type):
+    with pytest.raises(TypeError, match=f"^{index_type.__name__}.__init__"):
+        index_type(floats(3, 2), foo=1)
+
+
+def test_huge_values_are_written_short():
+    message = "values must be at most 1e18 in size, got 1e+30 at (0, 0, 1, 0)"
+    v = with_bad(V, (0, 0, 1, 0), 1e30)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        hsr.KVCache().append(K, v)
 
 
 @pytest.mark.parametrize("index_type", INDEXES)

@@ -90,6 +90,22 @@ def test_info_says_which_way_each_layer_goes(run, model):
 
 
 @needs_torch
+def test_info_of_a_relu_model_asks_for_its_own_attention(run):
+    found = json.loads(ok(run("info", "--model", "relu-demo", "--json")))
+    assert {layer["path"] for layer in found["layers"]} == {"sparse decode"}
+    assert found["policy"] == "ReLUPolicy(threshold=SqrtLog(sigma=2.0), power=1)"
+    softmax = ok(run("info", "--model", "relu-demo", "--policy", "epsilon=0.05", "--json"))
+    assert {layer["path"] for layer in json.loads(softmax)["layers"]} == {"refused"}
+
+
+@needs_torch
+@pytest.mark.parametrize("command", [("generate", "--lengths", 64), ("prefill", "--n", 64)])
+def test_benches_of_a_model_refuse_relu_attention(run, command, prompt):
+    arguments = ("--model", "relu-demo", "--prompt-file", prompt, "--rounds", 1)
+    refused(run("bench", *command, *arguments), "was trained with ReLU attention")
+
+
+@needs_torch
 def test_info_of_models_with_other_layers(run, tmp_path):
     import transformers
 
@@ -465,6 +481,7 @@ def test_bench_decode_on_captured_heads(run, heads, dtype, tmp_path):
     for row in found["layers"]:
         assert row["relative_error_mean"] < 0.05
         assert len(row["dense_ms"]) == 4
+        assert not any("," in name for name in row["dense_ms"])  # a table lists them with commas
         assert max(row["dense_relative_error"].values()) < 0.02
         assert row["hsr_ms"] > 0
         assert row["speedup"] == pytest.approx(min(row["dense_ms"].values()) / row["hsr_ms"])
@@ -730,6 +747,7 @@ def test_bench_index(run):
     assert [row["k"] for row in found["rows"]] == pytest.approx([100] * 2, abs=2)
     refused(run("bench", "index", "--dim", "x"), "--dim must be numbers")
     refused(run("bench", "index", "--n", "0"), "--n must be at least 1")
+    refused(run("bench", "index", "--plot", "picture.txt"), "--plot must end in .pdf, .png, .svg")
     refused(run("bench", "index", "--n", "1.5"), "--n must be numbers")
     refused(run("bench", "index", "--data", "noise"), "--data must be among gaussian")
 
@@ -774,6 +792,8 @@ def test_bench_index_worst(run):
     assert found["worst"]["slowdown"] == max(row["slowdown"] for row in found["rows"])
     assert "median of all" in ok(run(*arguments, "--data", "uniform"))
     refused(run(*arguments, "--kind", "flat"), "--kind must be among")
+    for command in ("index-worst", "index-append", "index-libraries"):
+        refused(run("bench", command, "--n", "1e3,1e4"), "--n must be one number, got '1e3,1e4'")
 
 
 def test_bench_index_append(run):

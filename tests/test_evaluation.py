@@ -20,12 +20,15 @@ from hsr_attention.evaluation import (  # noqa: E402
     generation,
     models,
     output_error,
+    pictures,
     prefill_speed,
     texts,
 )
 from hsr_attention.evaluation.capture import capture  # noqa: E402
+from hsr_attention.evaluation.decode_statistics import Summary  # noqa: E402
 from hsr_attention.evaluation.errors import InputError  # noqa: E402
 from hsr_attention.evaluation.perplexity import perplexity, prompt_perplexity  # noqa: E402
+from hsr_attention.experiments import figures  # noqa: E402
 
 pytestmark = pytest.mark.transformers
 
@@ -290,3 +293,28 @@ def test_default_policy_keeps_the_perplexity_of_smollm2_at_8k():
     ours = perplexity(loaded.model, ids, 7680, hsr.SoftmaxPolicy(), chunk=1024)
     assert 5 < dense.perplexity < 30
     assert ours.perplexity == pytest.approx(dense.perplexity, rel=0.003)
+
+
+# ---- pictures
+
+
+@pytest.mark.parametrize("density, place", [(0.04, 0.5), (1.0, 1.0), (0.0, 0.5)])
+def test_one_density_is_not_drawn_in_the_lowest_colour(density, place):
+    found = Summary([0, 1], np.full((2, 3), density), None, None, None, {})
+    figure = pictures._figure(4, 4)
+    axes = figure.subplots()
+    pictures._density(figure, axes, found)
+    (image,) = axes.get_images()
+    np.testing.assert_allclose(image.norm(np.asarray(image.get_array())), place)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("value", [3.0, 0.0, 1e-3])
+def test_a_heat_map_of_one_value_is_drawn_in_the_middle(value, log):
+    made = figures.heat([[value, value]], "title", "label", [0], log=log)
+    image = made.axes[0].get_images()[0]
+    np.testing.assert_allclose(image.norm(np.asarray(image.get_array())), 0.5)
+
+
+def test_colour_limits_of_several_values_are_theirs():
+    assert pictures.colour_limits(1.0, 4.0) == pictures.colour_limits(1.0, 4.0, True) == (1.0, 4.0)

@@ -224,7 +224,8 @@ def test_softmax_is_refused(name, tmp_path):
         ({"relu_power": 0}, ValueError, "power must be >= 1"),
         ({"relu_power": 17}, ValueError, "power must be <= 16"),
         ({"relu_sigma": [1.0, 2.0]}, ValueError, "one for each of 6 heads"),
-        ({"relu_sigma": float("nan")}, ValueError, "sigma must be a finite number"),
+        ({"relu_sigma": float("nan")}, ValueError, "sigma must be finite and >= 0"),
+        ({"relu_sigma": -1.0}, ValueError, "sigma must be finite and >= 0"),
     ],
 )
 def test_bad_configs(changes, error, text):

@@ -83,7 +83,9 @@ def test_bad_hsr_num_threads(value):
         (0, ValueError, "count must be >= 1, got 0"),
         (-1, ValueError, "count must be >= 1, got -1"),
         (2.0, TypeError, "count must be an integer, got 2.0"),
-        (2000, ValueError, r"must be in \[1, 1024\], got 2000"),
+        (2000, ValueError, "count must be <= 1024, got 2000"),
+        (2**40, ValueError, "count must be <= 1024, got 1099511627776"),
+        ("2", TypeError, "count must be an integer, got '2'"),
     ],
 )
 def test_bad_set_num_threads(count, error, message):

@@ -1,5 +1,7 @@
 """Rules for the threshold b."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -69,17 +71,31 @@ def test_a_rule_is_any_such_function():
 def test_sqrt_log_grows_with_the_number_of_keys_a_query_sees():
     q = np.zeros((2, 3, 4, 8), np.float32)
     n = np.array([1, 10, 100, 1000])[None, None]
-    b = hsr.SqrtLog((1.0, 2.0, -0.5))(q, np.ones((2, 3)), n, 1.0)
+    b = hsr.SqrtLog((1.0, 2.0, 0.5))(q, np.ones((2, 3)), n, 1.0)
     assert b.shape == (2, 3, 4)
     np.testing.assert_allclose(b[1, 1], 2 * np.sqrt(0.4 * np.log(n[0, 0])))
-    np.testing.assert_allclose(b[:, 2], -0.25 * b[:, 1])
+    np.testing.assert_allclose(b[:, 2], 0.25 * b[:, 1])
     assert (hsr.SqrtLog()(q, np.ones((2, 3)), n, 1.0)[:, 0] == b[:, 0]).all()
 
 
-@pytest.mark.parametrize("sigma", [float("nan"), (1.0, float("inf")), ((1.0,), (2.0,))])
+@pytest.mark.parametrize(
+    "sigma", [float("nan"), (1.0, float("inf")), ((1.0,), (2.0,)), -1, (1.0, -0.5)]
+)
 def test_bad_sigmas(sigma):
-    with pytest.raises(ValueError, match="sigma must be a finite number or one for each head"):
+    rule = re.escape("sigma must be finite and >= 0, one number or one for each head, got ")
+    with pytest.raises(ValueError, match=rf"^{rule}{re.escape(repr(sigma))}$"):
         hsr.SqrtLog(sigma)
+
+
+def test_settings_of_rules_are_numbers():
+    for sigma in ("1", None, True):
+        with pytest.raises(
+            TypeError, match=r"^sigma must be a number, or one for each head, got "
+        ):
+            hsr.SqrtLog(sigma)
+    with pytest.raises(TypeError, match=r"^exponent must be a number, got '0.8'$"):
+        hsr.Gaussian("0.8")
+    assert hsr.SqrtLog(0).sigma == 0
 
 
 def test_sigma_must_fit_the_heads():

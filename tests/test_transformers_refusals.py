@@ -367,3 +367,18 @@ def test_not_a_number():
 def test_unregistered_name_is_registered_by_asking_for_the_cache():
     assert "hsr" in transformers.AttentionInterface().valid_keys()
     assert "hsr" in transformers.AttentionMaskInterface().valid_keys()
+
+
+# --- no tokens ------------------------------------------------------------------------------------
+
+
+def test_an_empty_prompt():
+    model, nothing = llama(), IDS[:, :0]
+    with pytest.raises(
+        ValueError, match="input_ids must hold at least one token, got a prompt of 0"
+    ):
+        call(model, nothing, **with_cache(model, hsr.HSRCache(model.config)))
+    with hsr.enable(model), pytest.raises(ValueError, match="must hold at least one token"):
+        call(model, nothing)
+    with hsr.enable(model), pytest.raises(ValueError, match="must hold at least one token"):
+        model.generate(nothing, max_new_tokens=2)

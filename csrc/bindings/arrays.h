@@ -6,6 +6,7 @@
 #include <nanobind/ndarray.h>
 
 #include <cmath>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -68,9 +69,8 @@ inline void require_finite(const char* name, const TokenArray& array, float limi
     std::vector<float> row(static_cast<size_t>(array.dim));
     array.read(place[0], place[1], place[2], row.data());
     const float found = row[size_t(place[3])];
-    const std::string value = std::isnan(found)   ? "nan"
-                              : std::isinf(found) ? (found < 0 ? "-inf" : "inf")
-                                                  : std::to_string(found);
+    char value[32];
+    std::snprintf(value, sizeof value, "%g", std::isnan(found) ? std::fabs(found) : found);  // no "-nan"
     std::string where = std::to_string(place[2]) + ", " + std::to_string(place[3]) + ")";
     where = array.head_stride || array.batch_stride || array.batch > 1 || array.heads > 1
                 ? "(" + std::to_string(place[0]) + ", " + std::to_string(place[1]) + ", " + where

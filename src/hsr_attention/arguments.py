@@ -98,13 +98,15 @@ def float_array(name: str, array: Any) -> FloatArray:
     ------
     TypeError
         If the element type is none of these, or a tensor is not on the CPU.
+    ValueError
+        If a float64 number is too large for float32.
     """
     if is_torch(array):
         return _from_torch(name, array)
-    array = np.asarray(array)
+    given, array = array, np.asarray(array)
     if array.dtype == np.float64:
         with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
+            array = _fitting(name, array, array.astype(np.float32))
     if array.dtype == np.float32:
         return FloatArray(array, Dtype.float32)
     if array.dtype == np.float16:
@@ -113,7 +115,26 @@ def float_array(name: str, array: Any) -> FloatArray:
         return FloatArray(array.view(np.uint16), Dtype.bfloat16)
     if array.dtype.kind in "iu":
         return FloatArray(array.astype(np.float32), Dtype.float32)
-    raise TypeError(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
+    raise TypeError(f"{name} must be float32, bfloat16 or float16, got {_kind(given, array)}")
+
+
+def _kind(given: Any, array: NDArray[Any]) -> str:
+    """Name what was given where numbers were expected: None, or the dtype that numpy makes of it."""
+    return "None" if given is None else str(array.dtype)
+
+
+def _fitting(name: str, wide: Any, narrow: Any) -> Any:
+    """Return float32 ``narrow``, made of float64 ``wide``; refuse what became infinite by that."""
+    lost = abs(narrow) == math.inf
+    if lost.any():
+        lost &= abs(wide) != math.inf
+    if lost.any():
+        place = tuple(int(i) for i in np.argwhere(np.asarray(lost))[0])
+        raise ValueError(
+            f"{name} must be at most 3.4e38 in size, the largest float32, got "
+            f"{float(wide[place]):g} at {place}"
+        )
+    return narrow
 
 
 _TORCH_DTYPES: dict[Any, Dtype] = {}
@@ -133,7 +154,7 @@ def _from_torch(name: str, tensor: Any) -> FloatArray:
     if dtype is not None:
         return TensorArray(tensor, dtype)
     if tensor.dtype is torch.float64:
-        return TensorArray(tensor.float(), Dtype.float32)
+        return TensorArray(_fitting(name, tensor, tensor.float()), Dtype.float32)
     kind = str(tensor.dtype).removeprefix("torch.")
     raise TypeError(f"{name} must be float32, bfloat16 or float16, got {kind}")
 
@@ -212,7 +233,7 @@ def thresholds(array: ArrayLike, m: int) -> NDArray[np.float64]:
     """Check a scalar or ``[m]`` of thresholds; -inf and +inf are allowed, NaN is not."""
     values = np.asarray(array)
     if values.dtype.kind not in "fiu":
-        raise TypeError(f"thresholds must be real numbers, got {values.dtype}")
+        raise TypeError(f"thresholds must be real numbers, got {_kind(array, values)}")
     if values.shape not in ((), (m,)):
         raise ValueError(f"thresholds must be a scalar or have shape [{m}], got {values.shape}")
     values = np.ascontiguousarray(np.broadcast_to(values.astype(np.float64), (m,)))
@@ -237,7 +258,7 @@ def threshold_setting(value: Any) -> None:
 def _real_thresholds(array: Any) -> NDArray[Any]:
     values = np.asarray(array.detach() if is_torch(array) else array)
     if values.dtype.kind not in "fiu":
-        raise TypeError(f"threshold must be real numbers, got {values.dtype}")
+        raise TypeError(f"threshold must be real numbers, got {_kind(array, values)}")
     return values
 
 
@@ -269,7 +290,7 @@ def key_mask(mask: Any, batch: int, m: int, n: int) -> NDArray[np.uint8]:
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[:, 0]
     if values.dtype != np.bool_:
-        raise TypeError(f"mask must be boolean, got {values.dtype}")
+        raise TypeError(f"mask must be boolean, got {_kind(mask, values)}")
     fits = values.ndim == 3 and values.shape[0] in (1, batch) and values.shape[1] in (1, m)
     if not fits or values.shape[2] != n:
         raise ValueError(
@@ -351,7 +372,7 @@ def key_ids(name: str, array: ArrayLike) -> NDArray[np.int64]:
     if values.size == 0:
         return np.empty(0, np.int64)
     if values.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {values.dtype}")
+        raise TypeError(f"{name} must be integers, got {_kind(array, values)}")
     if values.ndim != 1:
         raise ValueError(f"{name} must have shape [count], got {values.shape}")
     values = np.ascontiguousarray(values, dtype=np.int64)

@@ -23,8 +23,8 @@ OPTIONAL_PACKAGES = (
 
 
 def set_num_threads(count: int) -> None:
-    """Use this many threads in native calls (default: all cores, or ``HSR_NUM_THREADS``)."""
-    _native.set_num_threads(arguments.positive_integer("count", count))
+    """Use this many threads in native calls, 1 to 1,024 (default: all cores, or ``HSR_NUM_THREADS``)."""
+    _native.set_num_threads(arguments.bounded_integer("count", count, 1024))
 
 
 def info() -> dict[str, Any]:

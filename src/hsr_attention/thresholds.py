@@ -7,6 +7,7 @@ shows how to add one. A plain number, or one for each head or query, needs no ru
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -55,6 +56,8 @@ class Gaussian:
     exponent: float = 0.8
 
     def __post_init__(self) -> None:
+        if isinstance(self.exponent, bool) or not isinstance(self.exponent, numbers.Real):
+            raise TypeError(f"exponent must be a number, got {self.exponent!r}")
         if not 0.0 < self.exponent <= 1.0:
             raise ValueError(f"exponent must lie in (0, 1], got {self.exponent}")
 
@@ -83,10 +86,12 @@ class SqrtLog:
     sigma: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
-        sigma = np.asarray(self.sigma, np.float64)
-        if sigma.ndim > 1 or not np.isfinite(sigma).all():
+        sigma = np.asarray(self.sigma)
+        if sigma.dtype.kind not in "fiu":
+            raise TypeError(f"sigma must be a number, or one for each head, got {self.sigma!r}")
+        if sigma.ndim > 1 or not (np.isfinite(sigma) & (sigma >= 0)).all():
             raise ValueError(
-                f"sigma must be a finite number or one for each head, got {self.sigma!r}"
+                f"sigma must be finite and >= 0, one number or one for each head, got {self.sigma!r}"
             )
 
     def __call__(

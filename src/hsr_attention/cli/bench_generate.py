@@ -43,6 +43,7 @@ def bench_generate(
     loaded, ids = options.load_with_text(
         model, dtype, prompt_file, longest if essays else None, longest, 1, max_context, threads
     )
+    options.softmax_model(loaded, "hsr bench generate")
     if ids.shape[1] < longest:
         raise InputError(f"the text has {ids.shape[1]} tokens, got --lengths {longest}")
     linear = options.linear_layers(loaded.model, parallel_linear)

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hsr_attention.cli import options
+from hsr_attention.cli import console, options
 from hsr_attention.experiments import index_scaling
 
 
 def bench_index(
-    dim: Annotated[str, typer.Option(help="Dimensions: 2..8, or 2,3.")] = "2..4",
+    dim: options.Dims = "2..4",
     n: Annotated[str, typer.Option(help="Numbers of keys: 1e3,1e4,1e5.")] = "1e3,1e4,1e5",
-    kind: Annotated[str, typer.Option(help="Indexes, or all that serve the dimension.")] = "all",
-    data: Annotated[str, typer.Option(help="Keys, or all.")] = "gaussian",
+    kind: options.IndexKinds = "all",
+    data: options.IndexData = "gaussian",
     output: Annotated[
         str, typer.Option(help="Keys reported: fixed (100, or 1000 from d = 4) or power (n^0.8).")
     ] = "fixed",
-    queries: Annotated[int, typer.Option(min=1)] = 50,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    seed: int = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a PNG.")] = None,
+    queries: Annotated[int, typer.Option(min=1, help="In a call.")] = 50,
+    threads: options.IndexThreads = 1,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    plot: options.Plot = None,
 ) -> None:
     """Time, work, growth and crossovers of convex layers, partition trees and shallow cuttings."""
+    options.picture(plot, "--plot")
     result = index_scaling.run(
         dims=options.sizes(dim, "--dim"),
         sizes=options.sizes(n, "--n"),
-        kinds=options.words(kind, "--kind", tuple(index_scaling.KINDS)),
-        data=options.words(data, "--data", index_scaling.DATA),
+        kinds=options.index_kinds(kind),
+        data=options.index_data(data),
         output=options.words(output, "--output", ("fixed", "power"))[0],
         queries=queries,
         threads=threads,
@@ -39,8 +38,8 @@ def bench_index(
     )
     if plot is not None:
         index_scaling.plot(result, plot)
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
+    if json:
+        console.print_json(result)
     else:
         _print_tables(result)
 

@@ -8,27 +8,26 @@ import typer
 
 from hsr_attention.cli import console, options
 from hsr_attention.experiments import index_appends
-from hsr_attention.experiments.index_scaling import DATA, KINDS
 
 
 def bench_index_append(
-    dim: Annotated[str, typer.Option(help="Dimensions: 2..8, or 2,3.")] = "2,3,4",
-    n: Annotated[str, typer.Option("--n", help="Keys appended: 100000, 1e5.")] = "1e5",
-    kind: Annotated[str, typer.Option(help="Indexes, or all.")] = "all",
+    dim: options.Dims = "2,3,4",
+    n: options.Size = "1e5",
+    kind: options.IndexKinds = "all",
     block: Annotated[str, typer.Option(help="Keys in a call: 64,1.")] = "64,1",
-    data: Annotated[str, typer.Option(help="Keys, or all.")] = "gaussian",
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    seed: int = 0,
+    data: options.IndexData = "gaussian",
+    threads: options.IndexThreads = 1,
+    seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
     """Time appending keys to an empty index and deleting three quarters of them, amortised."""
     with console.status() as status:
         found = index_appends.run(
             dims=options.sizes(dim, "--dim"),
-            n=options.sizes(n, "--n")[0],
-            kinds=options.words(kind, "--kind", tuple(KINDS)),
+            n=options.size(n, "--n"),
+            kinds=options.index_kinds(kind),
             blocks=options.sizes(block, "--block"),
-            data=options.words(data, "--data", DATA),
+            data=options.index_data(data),
             threads=threads,
             seed=seed,
             on_row=status.update,

@@ -8,18 +8,17 @@ import typer
 
 from hsr_attention.cli import console, options
 from hsr_attention.experiments import index_libraries
-from hsr_attention.experiments.index_scaling import DATA
 
 
 def bench_index_libraries(
     dim: Annotated[int, typer.Option("--dim", min=1, max=8, help="Dimension.")] = 3,
-    n: Annotated[str, typer.Option("--n", help="Keys: 1000000, 1e6.")] = "1e6",
+    n: options.Size = "1e6",
     k: Annotated[int, typer.Option("--k", min=1, help="Keys reported by a query.")] = 100,
-    data: Annotated[str, typer.Option(help="Keys, or all.")] = "gaussian,sphere",
+    data: options.IndexData = "gaussian,sphere",
     queries: Annotated[int, typer.Option(min=1, help="Slow libraries answer fewer.")] = 100,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    repeats: options.Repeats = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of our builds; theirs use one.")] = 1,
-    seed: int = 0,
+    seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
     """Time builds and queries against BallTree, KDTree and cKDTree over lifted keys.
@@ -28,10 +27,10 @@ def bench_index_libraries(
     """
     with console.status() as status:
         found = index_libraries.run(
-            n=options.sizes(n, "--n")[0],
+            n=options.size(n, "--n"),
             d=dim,
             k=k,
-            data=options.words(data, "--data", DATA),
+            data=options.index_data(data),
             queries=queries,
             repeats=repeats,
             threads=threads,

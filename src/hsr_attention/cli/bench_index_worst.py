@@ -8,27 +8,26 @@ import typer
 
 from hsr_attention.cli import console, options
 from hsr_attention.experiments import index_worst_case
-from hsr_attention.experiments.index_scaling import DATA, KINDS
 
 
 def bench_index_worst(
-    dim: Annotated[str, typer.Option(help="Dimensions: 2..8, or 4,6,8.")] = "4,6,8",
-    n: Annotated[str, typer.Option("--n", help="Keys: 1000000, 1e6.")] = "1e6",
-    kind: Annotated[str, typer.Option(help="Indexes, or all.")] = "partition_tree",
-    data: Annotated[str, typer.Option(help="Keys, or all.")] = "all",
+    dim: options.Dims = "4,6,8",
+    n: options.Size = "1e6",
+    kind: options.IndexKinds = "partition_tree",
+    data: options.IndexData = "all",
     queries: Annotated[int, typer.Option(min=1, help="In a call.")] = 12,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    seed: int = 0,
+    repeats: options.Repeats = 5,
+    threads: options.IndexThreads = 1,
+    seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
     """Look for the worst ratio to the scan: adversarial keys, outputs from 1 to n."""
     with console.status() as status:
         found = index_worst_case.run(
             dims=options.sizes(dim, "--dim"),
-            n=options.sizes(n, "--n")[0],
-            kinds=options.words(kind, "--kind", tuple(KINDS)),
-            data=options.words(data, "--data", DATA),
+            n=options.size(n, "--n"),
+            kinds=options.index_kinds(kind),
+            data=options.index_data(data),
             queries=queries,
             repeats=repeats,
             threads=threads,

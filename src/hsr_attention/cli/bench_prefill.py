@@ -155,6 +155,7 @@ def _whole_model(
         threads,
         shorten="--n",
     )
+    options.softmax_model(loaded, "hsr bench prefill")
     if ids.shape[1] < longest:
         raise InputError(f"the text has {ids.shape[1]} tokens, --n needs {longest}")
     rows = []

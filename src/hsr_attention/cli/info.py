@@ -20,7 +20,7 @@ def run(
         typer.Option(
             "--model",
             help="Say which way each layer of this model goes: a transformers directory, a .gguf "
-            "file, or the word smollm2.",
+            "file, or a word: smollm2, relu-demo, relu2-demo or softmax-demo.",
             show_default=False,
         ),
     ] = None,
@@ -52,9 +52,9 @@ def _text(value: object) -> str:
 
 
 def _model(name: str, words: list[str] | None, dtype: str, json: bool) -> None:
-    from hsr_attention.evaluation import models
+    from hsr_attention.evaluation import generation, models
 
-    policy = options.policy(words)
+    wanted = options.policy(words) if words else None
     source = models.find(name)
     options.quiet_libraries()
     import torch
@@ -63,6 +63,7 @@ def _model(name: str, words: list[str] | None, dtype: str, json: bool) -> None:
     from hsr_attention.integrations.paths import layer_paths
 
     skeleton = models.skeleton(source, models.load_config(source))
+    policy = wanted or generation.default_policy(skeleton.config)
     layers = layer_paths(skeleton, policy, getattr(torch, dtype))
     facts: dict[str, Any] = {
         "model": source.name,

@@ -14,6 +14,7 @@ import typer
 from hsr_attention.cli import console
 from hsr_attention.evaluation.environment import machine as machine
 from hsr_attention.evaluation.errors import InputError
+from hsr_attention.experiments import index_scaling
 from hsr_attention.policies import Policy, ReLUPolicy, SoftmaxPolicy
 from hsr_attention.thresholds import Gaussian, SqrtLog
 
@@ -107,6 +108,29 @@ Keys = Annotated[
 Shape = Annotated[
     str, typer.Option("--shape", help="Synthetic heads: query heads/key heads x head_dim.")
 ]
+
+# Of the commands on indexes of few dimensions.
+Dims = Annotated[str, typer.Option("--dim", help="Dimensions: 2..8, or 2,3.")]
+Size = Annotated[str, typer.Option("--n", help="Number of keys: 100000, 1e5.")]
+IndexKinds = Annotated[
+    str,
+    typer.Option(
+        "--kind",
+        help=f"Indexes, with commas: {', '.join(index_scaling.KINDS)}; all: those that serve the "
+        "dimension.",
+    ),
+]
+IndexData = Annotated[
+    str,
+    typer.Option(
+        "--data", help=f"Keys, with commas: {', '.join(index_scaling.DATA)}; all: each of them."
+    ),
+]
+IndexThreads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the indexes.")]
+Repeats = Annotated[
+    int, typer.Option("--repeats", min=1, help="Measurements, of which the median counts.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of what is made up.")]
 
 _NUMBERS = {
     "epsilon": float,
@@ -210,6 +234,24 @@ def sizes(text: str, option: str) -> list[int]:
     if found[0] < 1:
         raise InputError(f"{option} must be at least 1, got {found[0]}")
     return found
+
+
+def size(text: str, option: str) -> int:
+    """Return one number that is at least 1."""
+    found = sizes(text, option)
+    if len(found) > 1:
+        raise InputError(f"{option} must be one number, got {text!r}")
+    return found[0]
+
+
+def index_kinds(text: str) -> list[str]:
+    """Return the indexes that ``--kind`` names."""
+    return words(text, "--kind", tuple(index_scaling.KINDS))
+
+
+def index_data(text: str) -> list[str]:
+    """Return the sets of keys that ``--data`` names."""
+    return words(text, "--data", index_scaling.DATA)
 
 
 def text(prompt_file: Path | None, essays: int | None) -> str:
@@ -346,6 +388,17 @@ def fitting(policy: Policy | None, loaded: Any) -> Policy:
             "another model, and its text is not the one it learnt to write"
         )
     return policy or own
+
+
+def softmax_model(loaded: Any, command: str) -> None:
+    """Refuse a model with ReLU attention where torch's softmax attention is compared with."""
+    from hsr_attention.evaluation.generation import default_policy
+
+    if isinstance(default_policy(loaded.model.config), ReLUPolicy):
+        raise InputError(
+            f"{command} compares with torch's softmax attention, but {loaded.source.name} was "
+            "trained with ReLU attention: use hsr generate --compare-dense"
+        )
 
 
 PICTURES = (".pdf", ".png", ".svg")

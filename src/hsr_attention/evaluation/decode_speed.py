@@ -138,10 +138,10 @@ def dense_paths(heads: Heads) -> dict[str, Callable[[Any], Any]]:
         return unpack(torch.matmul(torch.softmax(logits, dim=-1), v))
 
     return {
-        "sdpa, keys repeated": repeated,
-        "sdpa, enable_gqa": grouped,
-        "sdpa, packed queries": packed,
-        "matmul, packed queries": matmul,
+        "sdpa (keys repeated)": repeated,
+        "sdpa (enable_gqa)": grouped,
+        "sdpa (packed queries)": packed,
+        "matmul (packed queries)": matmul,
     }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hsr_attention.evaluation.comparison import Run
-from hsr_attention.evaluation.decode_statistics import Summary
+if TYPE_CHECKING:
+    from hsr_attention.evaluation.comparison import Run
+    from hsr_attention.evaluation.decode_statistics import Summary
 
 HSR_COLOUR, DENSE_COLOUR = "#1b6ca8", "#c65d21"
 
@@ -37,6 +38,15 @@ def generation(path: Path, title: str, hsr: Run, dense: Run | None, found: Summa
     figure.savefig(path, dpi=130)
 
 
+def colour_limits(least: float, most: float, log: bool = False) -> tuple[float, float]:
+    """Return the limits of a colour scale; one single value stands in the middle of them."""
+    if most > least:
+        return least, most
+    if log:
+        return least / 10**0.5, least * 10**0.5
+    return least - (abs(least) / 2 or 0.5), least + (abs(least) / 2 or 0.5)
+
+
 def _density(figure: Any, axes: Any, found: Summary | None) -> None:
     from matplotlib.colors import LogNorm
 
@@ -46,11 +56,10 @@ def _density(figure: Any, axes: Any, found: Summary | None) -> None:
     if found is None:
         axes.text(0.5, 0.5, "nothing was decoded", ha="center", transform=axes.transAxes)
         return
-    share = 100 * found.density
-    low, high = max(share.min(), 0.01), max(share.max(), 0.02)
-    image = axes.imshow(
-        np.maximum(share, low), aspect="auto", cmap="viridis", norm=LogNorm(low, high)
-    )
+    share = np.maximum(100 * found.density, 0.01)
+    low, high = colour_limits(share.min(), share.max(), log=True)
+    high = min(high, 100.0)
+    image = axes.imshow(share, aspect="auto", cmap="viridis", norm=LogNorm(low, high))
     step = max(1, len(found.layers) // 15)
     axes.set_yticks(range(0, len(found.layers), step), found.layers[::step])
     heads = share.shape[1]

@@ -106,9 +106,9 @@ def _dense_softmax(heads: Heads) -> dict[str, Callable[[], Any]]:
         return out.flatten(0, 1)[None]
 
     return {
-        "sdpa, keys repeated": repeated,
-        "sdpa, enable_gqa": grouped,
-        "matmul, chunks": chunked,
+        "sdpa (keys repeated)": repeated,
+        "sdpa (enable_gqa)": grouped,
+        "matmul (chunks)": chunked,
     }
 
 
@@ -152,7 +152,7 @@ def _dense_relu(heads: Heads, b: Any, power: int) -> dict[str, Callable[[], Any]
             out[:, :, start:end] = answer(total, mass)
         return out.flatten(0, 1)[None]
 
-    return {"matmul, chunks": chunked, "matmul, tiles": tiled}
+    return {"matmul (chunks)": chunked, "matmul (tiles)": tiled}
 
 
 def _packed(q: Any, kv_heads: int, dim: int | None = None) -> Any:

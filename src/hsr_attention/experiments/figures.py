@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hsr_attention.evaluation.pictures import colour_limits
+
 INK = "#2b2f36"
 # Told apart by the colour-blind, and visible on white and on black: after Okabe and Ito (2008).
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = (
@@ -81,6 +83,20 @@ def panel(
     return made, axes
 
 
+def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure and its axes [rows, columns], logarithmic, for lines against n."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        made = figure(width, height)
+        grid = made.subplots(rows, columns, squeeze=False, sharex=True)
+        for axes in grid.flat:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid(alpha=0.25, color=GREY, linewidth=0.6)
+    return made, grid
+
+
 def legend(axes: Any, **options: Any) -> None:
     """Add a legend in the style of the page; ``below=True`` puts it under the axes."""
     import matplotlib
@@ -130,10 +146,9 @@ def heat(
     most = float(finite.max()) if high is None and finite.size else (high or 1.0)
     if log:
         least = max(least, most * 1e-6, 1e-12)
-        norm: Any = LogNorm(least, max(most, least * 1.0001))
         values = np.maximum(values, least)
-    else:
-        norm = Normalize(least, most if most > least else least + 1e-9)
+    least, most = colour_limits(least, most, log)
+    norm: Any = (LogNorm if log else Normalize)(least, most)
     with matplotlib.rc_context(_STYLE):
         image = axes.imshow(values, aspect="auto", cmap=HEAT, norm=norm, interpolation="nearest")
         axes.grid(visible=False)

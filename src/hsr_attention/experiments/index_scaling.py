@@ -8,7 +8,7 @@ log n in convex layers and shallow cuttings. Every row is first compared with a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "shallow_cutting": ShallowCuttingIndex,
 }
 DATA = ("gaussian", "uniform", "clusters", "sphere", "boundary")
-STYLES = ("-", "--", ":", "-.", (0, (1, 4)))  # of the data sets, in a plot
 REPEATS = 5
 
 
@@ -201,7 +200,7 @@ def exponents(rows: Sequence[Row]) -> list[Fit]:
     """
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        if row.k > 32 and row.k > row.n / 32 and row.k < 0.9 * row.n**0.8:
+        if _is_scanned(row.k, row.n):
             continue
         groups.setdefault((row.kind, row.data, row.d), []).append(row)
     fits = []
@@ -212,6 +211,11 @@ def exponents(rows: Sequence[Row]) -> list[Fit]:
             if fit is not None:
                 fits.append(Fit(kind, data, d, quantity, *fit, theory(kind, d)))
     return fits
+
+
+def _is_scanned(k: float, n: int) -> bool:
+    """Say whether a fixed output k is so large a part of n that most queries are scanned."""
+    return k > 32 and k > n / 32 and k < 0.9 * n**0.8
 
 
 def crossovers(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -241,46 +245,55 @@ def run(**options: Any) -> dict[str, Any]:
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
-    """Draw time and nodes visited against n, a column a dimension; needs matplotlib."""
-    import matplotlib
+    """Draw time and nodes visited against n: a column a dimension, a row a set of keys.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    All panels of a quantity have the same axes. Needs matplotlib.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    rows = result["rows"]
-    dims = sorted({row["d"] for row in rows})
-    size = (4 * len(dims), 7)
-    figure, axes = plt.subplots(2, len(dims), figsize=size, squeeze=False, sharex=True)
-    for column, d in enumerate(dims):
-        groups = sorted({(r["kind"], r["data"]) for r in rows if r["d"] == d})
-        for kind, data in groups:
-            members = sorted(
-                (r for r in rows if (r["kind"], r["data"], r["d"]) == (kind, data, d)),
-                key=lambda r: r["n"],
-            )
-            sizes = [r["n"] for r in members]
-            style = {
-                "color": f"C{list(KINDS).index(kind)}",
-                "linestyle": STYLES[DATA.index(data)],
-                "marker": "o",
-                "label": f"{kind.replace('_', ' ')}, {data}",
-            }
-            axes[0][column].loglog(sizes, [r["batch"] for r in members], **style)
+    from hsr_attention.experiments import figures
+
+    measured = result["rows"]
+    dims = sorted({row["d"] for row in measured})
+    names = [name for name in DATA if any(row["data"] == name for row in measured)]
+    blocks = [(q, name) for q in ("batch", "nodes") for name in names]
+    width, height = 1.2 + 2.1 * max(2, len(dims)), 0.9 + 1.7 * len(blocks)
+    made, grid = figures.panels(len(blocks), len(dims), width, height)
+    shown = {}  # every line of the legend once
+    for (quantity, name), panels in zip(blocks, grid, strict=True):
+        for d, axes in zip(dims, panels, strict=True):
+            rows = [row for row in measured if row["d"] == d and row["data"] == name]
+            for label, colour, points in _lines(rows, quantity, figures.COLOURS):
+                style = "--" if label == "scan" else "-o"
+                (shown[label],) = axes.plot(*zip(*points, strict=True), style, color=colour)
+            axes.sharey(grid[blocks.index((quantity, names[0]))][0])
+            axes.yaxis.set_major_locator(LogLocator(10))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.label_outer()
+        what = "microseconds a query" if quantity == "batch" else "nodes a query"
+        panels[0].set_ylabel(f"{what}\nkeys: {name}")
+    for d, top, bottom in zip(dims, grid[0], grid[-1], strict=True):
+        top.set_title(f"d = {d}")
+        bottom.set_xlabel("keys n")
+    made.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False)
+    made.savefig(path, dpi=130, facecolor="white")
+
+
+def _lines(
+    rows: Sequence[dict[str, Any]], quantity: str, colours: Sequence[str]
+) -> Iterator[tuple[str, str, list[tuple[int, float]]]]:
+    """Yield label, colour and points (n, value) of each line of a panel."""
+    for kind, colour in zip(KINDS, colours, strict=False):
+        points = sorted(
+            (row["n"], row[quantity])
+            for row in rows
+            if row["kind"] == kind
             # A query that is scanned visits no node.
-            nodes = [r["nodes"] if r["nodes"] >= 1 else np.nan for r in members]
-            axes[1][column].loglog(sizes, nodes, **style)
-        scans = sorted({(r["n"], r["flat_batch"]) for r in rows if r["d"] == d})
-        axes[0][column].loglog(*zip(*scans, strict=True), "k.", label="scan")
-        axes[0][column].set_title(f"d = {d}")
-        axes[1][column].set_xlabel("keys n")
-    axes[0][0].set_ylabel("microseconds a query")
-    axes[1][0].set_ylabel("nodes visited a query")
-    shown = {}
-    for axis in axes[0]:
-        shown.update(
-            {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+            and (
+                quantity != "nodes" or (row["nodes"] >= 1 and not _is_scanned(row["k"], row["n"]))
+            )
         )
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(shown.values(), shown.keys(), loc="lower center", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        if points:
+            yield kind.replace("_", " "), colour, points
+    if quantity == "batch":
+        yield "scan", colours[-1], sorted({(row["n"], row["flat_batch"]) for row in rows})

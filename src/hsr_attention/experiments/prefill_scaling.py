@@ -131,7 +131,7 @@ def _measure_one(d: int, n: int, index: str, repeats: int, seed: int) -> Row:
     with torch.inference_mode():
         policy = ReLUPolicy(threshold=rule)
         b = prefill_speed.limits(heads, policy)
-        dense = prefill_speed.dense_paths(heads, policy, b)["matmul, tiles"]
+        dense = prefill_speed.dense_paths(heads, policy, b)["matmul (tiles)"]
         out, certificate = attend(certify=True)
         positions = np.unique(np.linspace(0, n - 1, min(n, 64)).astype(int))
         exact = prefill_speed.exact_rows(heads, positions, b)

@@ -27,5 +27,8 @@ class ConvexLayersIndex(LogarithmicIndex):
     kind = "convex_layers"
     dimensions = range(2, 3)
 
+    def __init__(self, keys: Any):  # of its own, so that a wrong call names this class
+        super().__init__(keys)
+
     def _build(self, keys: NDArray[np.float32], ids: NDArray[np.int64]) -> Any:
         return _native.ConvexLayers(keys, ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hsr_attention import _native
 from hsr_attention.indexes.native import NativeIndex
 
@@ -21,3 +23,6 @@ class FlatIndex(NativeIndex):
 
     kind = "flat"
     _native_class = _native.FlatIndex
+
+    def __init__(self, keys: Any) -> None:  # of its own, so that a wrong call names this class
+        super().__init__(keys)

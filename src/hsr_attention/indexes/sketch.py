@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hsr_attention import _native
 from hsr_attention.indexes.native import NativeIndex
 
@@ -26,3 +28,6 @@ class SketchIndex(NativeIndex):
 
     kind = "sketch"
     _native_class = _native.SketchIndex
+
+    def __init__(self, keys: Any) -> None:  # of its own, so that a wrong call names this class
+        super().__init__(keys)

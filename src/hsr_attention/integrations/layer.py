@@ -329,7 +329,15 @@ class HSRLayer(CacheLayerMixin):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (number of keys after this step, position of the first)."""
+        """Return (number of keys after this step, position of the first).
+
+        A model asks before its first layer, which torch would stop at if there is no token.
+        """
+        if not torch.compiler.is_compiling() and int(query_length) == 0:
+            raise ValueError(
+                "input_ids must hold at least one token, got a prompt of 0 tokens (a tokenizer "
+                "that adds no start token makes one of an empty text)"
+            )
         return self.get_seq_length() + int(query_length), 0
 
     def get_seq_length(self) -> int:
