@@ -96,13 +96,13 @@ struct PlaneSum {
 
 #else
 
-// AVX2 alone has no instruction for four products of bytes that does not saturate: nibbles are summed up in
-// 16 bits.
+// AVX2 alone has no instruction for four products of bytes that does not saturate: nibbles are summed in 16 bits.
 struct PlaneCodes {
     Bytes first, second;
     PlaneCodes() = default;
     explicit PlaneCodes(Bytes x) : first(low_nibbles(x)), second(high_nibbles(x)) {}
 };
+
 // Sums in 16 bits may wrap on the way, as long as they end inside. A word meets two digits of each four: over a turn of
 // 8 pairs of fours, 32 digits of at most 127. Started at -7.5 times their sum it is that of (nibble - 7.5) * digit, at
 // most 32 * 7.5 * 127 = 30480.
@@ -152,6 +152,7 @@ struct PlaneSum {
     void settle() { all += widen(words); }
     Ints total() const { return all; }
 };
+
 // GCC would keep half of a loop's sums in memory, for want of one register: here it must have them in one each.
 inline Ints in_register(Ints x) {
     asm("" : "+x"(x));

@@ -87,11 +87,6 @@ inline uint32_t bits(Truth truth) { return truth; }
 inline f32x16 where(Truth truth, f32x16 x) { return keep_lanes(truth, x); }
 inline f32x16 except(Truth truth, f32x16 x) { return keep_lanes(Truth(~truth), x); }
 inline Truth without(Truth a, Truth b) { return Truth(a & ~b); }
-struct LaneCount {
-    uint32_t count = 0;
-    void add(Truth truth) { count += uint32_t(__builtin_popcount(truth)); }
-    uint32_t total() const { return count; }
-};
 // Lanes under the mask, moved together; writes 16 lanes (a full store is faster than a masked one).
 inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)mask, (__m512i)values));
@@ -156,16 +151,6 @@ inline uint32_t bits(Truth truth) { return bits_of(truth); }
 inline f32x16 where(Truth truth, f32x16 x) { return as<f32x16>(as<i32x16>(x) & truth); }
 inline f32x16 except(Truth truth, f32x16 x) { return as<f32x16>(as<i32x16>(x) & ~truth); }
 inline Truth without(Truth a, Truth b) { return a & ~b; }
-struct LaneCount {
-    i32x16 less{};
-    void add(Truth truth) { less += truth; }  // -1 in each lane that holds
-    uint32_t total() const {
-        int32_t lanes[16], sum = 0;
-        store(lanes, less);
-        for (int32_t lane : lanes) sum -= lane;
-        return uint32_t(sum);
-    }
-};
 #if defined(__AVX2__)
 // For each mask of eight lanes, the lanes under it, in order.
 struct LaneLists {

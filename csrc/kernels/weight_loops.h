@@ -79,9 +79,11 @@ inline uint32_t digits_of_pieces(const float* logits, uint32_t pieces, const f32
     constexpr uint32_t kPieces = kRangeKeys / 32;
     f32x16 mass = {};
     uint32_t large_pieces = 0;
-    for (size_t range = 0; pieces >> range * kPieces; ++range) {
+    for (size_t range = 0; range < kRanges; ++range) {
+        uint32_t left = pieces & ((1u << kPieces) - 1) << range * kPieces;
+        if (!left) continue;
         i32x16 total = {};
-        for (uint32_t left = pieces & ((1u << kPieces) - 1) << range * kPieces; left; left &= left - 1) {
+        for (; left; left &= left - 1) {
             const size_t i = size_t(__builtin_ctz(left)) * 32;
             i32x16 digit[2];
             Truth any_large{};
@@ -104,7 +106,6 @@ inline uint32_t digits_of_pieces(const float* logits, uint32_t pieces, const f32
         int32_t lanes[16];
         store(lanes, total);
         for (int32_t sum : lanes) out->digit_sums[range] += uint32_t(sum);
-        if (range + 1 == kRanges) break;
     }
     out->mass = sum_of(mass);
     return large_pieces;

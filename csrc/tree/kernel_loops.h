@@ -509,18 +509,17 @@ size_t sweep(const float* blocks, const uint64_t* lanes, Sweep& sweep, int64_t m
         left |= layers & (outside & ~on_right) * kBytes;
         out += pack_hits(block * kLanes, scores, found, ids, out);
     };
-    const auto open = [](uint64_t closed) { return ((closed - kBytes) & ~closed & kBytes << 7) != 0; };
     if (most > sweep.unseen) most = sweep.unseen;
     const int64_t allowed = most;
     int64_t block = sweep.next[0];
-    for (; most && open(right); --most) {
+    for (; most && Sweep::some_byte_is_zero(right); --most) {
         visit(block, sweep.right);
         sweep.right = 0xff;
         if (++block == sweep.end) block = sweep.begin;
     }
     sweep.next[0] = block;
     block = sweep.next[1];
-    for (; most && open(left); --most) {
+    for (; most && Sweep::some_byte_is_zero(left); --most) {
         visit(block, 0);
         if (block-- == sweep.begin) block = sweep.end - 1;
     }

@@ -64,7 +64,10 @@ struct Sweep {
     double closing;
 
     bool open(int side) const { return unseen && some_byte_is_zero(closed[side]); }
-    static bool some_byte_is_zero(uint64_t x) { return ((x - 0x0101010101010101u) & ~x & 0x8080808080808080u) != 0; }
+    // Inlined always: shared with files that are compiled for other instruction sets.
+    [[gnu::always_inline]] static bool some_byte_is_zero(uint64_t x) {
+        return ((x - 0x0101010101010101u) & ~x & 0x8080808080808080u) != 0;
+    }
 };
 
 struct Kernels {
