@@ -57,39 +57,45 @@ unsigned own_number() {
 
 constexpr size_t kMaxShares = 64;
 
-struct Job {
+struct Phase {
     struct alignas(64) Share {
         std::atomic<size_t> next{0};
         size_t end = 0;
     };
-    const std::function<void(size_t)>* body;
-    size_t shares;
     Share share[kMaxShares];
+};
+
+struct Job {
+    const std::function<void(size_t, size_t)>* body;
+    size_t shares;
+    std::vector<Phase> phases;
     std::atomic<bool> failed{false};
     std::exception_ptr error;
     std::mutex error_mutex;
 
-    Job(const std::function<void(size_t)>& function, size_t tasks, size_t threads)
-        : body(&function), shares(std::max<size_t>(1, std::min(threads, kMaxShares))) {
-        for (size_t s = 0; s < shares; ++s) {
-            share[s].next = tasks * s / shares;
-            share[s].end = tasks * (s + 1) / shares;
-        }
+    Job(const std::function<void(size_t, size_t)>& function, const std::vector<size_t>& tasks, size_t threads)
+        : body(&function), shares(std::max<size_t>(1, std::min(threads, kMaxShares))), phases(tasks.size()) {
+        for (size_t p = 0; p < tasks.size(); ++p)
+            for (size_t s = 0; s < shares; ++s) {
+                phases[p].share[s].next = tasks[p] * s / shares;
+                phases[p].share[s].end = tasks[p] * (s + 1) / shares;
+            }
     }
-    // Its own share first, then what others left.
+    // Of each phase its own share first, then what others left.
     void work() {
         const size_t first = own_number() % shares;
-        for (size_t i = 0; i < shares; ++i) {
-            Share& from = share[(first + i) % shares];
-            for (size_t task; (task = from.next++) < from.end;) {
-                try {
-                    (*body)(task);
-                } catch (...) {
-                    std::lock_guard<std::mutex> lock(error_mutex);
-                    if (!failed.exchange(true)) error = std::current_exception();
+        for (size_t p = 0; p < phases.size(); ++p)
+            for (size_t i = 0; i < shares; ++i) {
+                Phase::Share& from = phases[p].share[(first + i) % shares];
+                for (size_t task; (task = from.next++) < from.end;) {
+                    try {
+                        (*body)(p, task);
+                    } catch (...) {
+                        std::lock_guard<std::mutex> lock(error_mutex);
+                        if (!failed.exchange(true)) error = std::current_exception();
+                    }
                 }
             }
-        }
     }
 };
 
@@ -176,8 +182,11 @@ void set_num_threads(int count) {
 void set_openmp(uintptr_t address) { gomp = reinterpret_cast<GompParallel>(address); }
 bool uses_openmp() { return gomp.load() != nullptr; }
 
-void parallel_for(size_t tasks, int threads, const std::function<void(size_t)>& body) {
-    const int wanted = int(std::min<size_t>(tasks, size_t(std::min(threads, num_threads()))));
+namespace {
+
+void run(const std::vector<size_t>& tasks, int threads, const std::function<void(size_t, size_t)>& body) {
+    const size_t most = tasks.empty() ? 0 : *std::max_element(tasks.begin(), tasks.end());
+    const int wanted = int(std::min<size_t>(most, size_t(std::min(threads, num_threads()))));
     Job job(body, tasks, size_t(wanted));
     if (wanted <= 1) {
         job.work();
@@ -199,6 +208,28 @@ void parallel_for(size_t tasks, int threads, const std::function<void(size_t)>& 
         }
     }
     if (job.failed) std::rethrow_exception(job.error);
+}
+
+}  // namespace
+
+void parallel_for(size_t tasks, int threads, const std::function<void(size_t)>& body) {
+    run({tasks}, threads, [&](size_t, size_t task) { body(task); });
+}
+
+void parallel_phases(const std::vector<size_t>& tasks, const std::function<void(size_t, size_t)>& body) {
+    run(tasks, num_threads(), body);
+}
+
+bool Progress::wait_for(int stage, const std::atomic<bool>& failed) const {
+    constexpr int kSpins = 4096;  // then others may need this core to get there
+    for (int spins = 0; stage_.load(std::memory_order_acquire) < stage; ++spins) {
+        if (failed.load(std::memory_order_relaxed)) return false;
+        if (spins < kSpins)
+            relax();
+        else
+            std::this_thread::yield();
+    }
+    return true;
 }
 
 }  // namespace hsr

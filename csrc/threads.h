@@ -2,9 +2,11 @@
 // second thread while the pool is busy runs its own loop alone, so callers never wait for each other.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace hsr {
 
@@ -24,5 +26,21 @@ void parallel_for(size_t tasks, int threads, const std::function<void(size_t tas
 inline void parallel_for(size_t tasks, const std::function<void(size_t task)>& body) {
     parallel_for(tasks, num_threads(), body);
 }
+
+// Loops one after another, without a wait between them: calls body(phase, task) for every task in [0, tasks[phase]). A
+// thread goes on to the next phase once no task is left to take, while others may still be at their last ones. So a
+// task may wait for tasks of earlier phases, and for no others. Exceptions as above.
+void parallel_phases(const std::vector<size_t>& tasks, const std::function<void(size_t phase, size_t task)>& body);
+
+// How far something came that tasks wait for: numbers that only grow.
+class Progress {
+public:
+    void reach(int stage) { stage_.store(stage, std::memory_order_release); }
+    // False where `failed` became true first.
+    bool wait_for(int stage, const std::atomic<bool>& failed) const;
+
+private:
+    std::atomic<int> stage_{0};
+};
 
 }  // namespace hsr

@@ -23,13 +23,13 @@ AttendWork Attend::run() {
     const size_t wave = std::max<size_t>(size_t(num_threads()), kWorkspaceFloats / (kTile * stride));
     for (size_t first = 0; first < all; first += wave) {
         const size_t count = std::min(wave, all - first);
-        prepare_wave(first, count, tiles_per_head, stride);
+        place_wave(first, count, tiles_per_head, stride);
         run_wave();
     }
     return work_;
 }
 
-void Attend::prepare_wave(size_t first, size_t count, size_t tiles_per_head, size_t stride) {
+void Attend::place_wave(size_t first, size_t count, size_t tiles_per_head, size_t stride) {
     static thread_local Workspace workspace;
     space_ = &workspace;
     tiles_.resize(count);
@@ -37,28 +37,15 @@ void Attend::prepare_wave(size_t first, size_t count, size_t tiles_per_head, siz
     Workspace& space = *space_;
     const size_t mass_stride = (stride / kBlock + kChunkBlocks) / kChunkBlocks * kChunkBlocks;
     if (space.block_masses.size() < count * kTile * mass_stride) space.block_masses.resize(count * kTile * mass_stride);
-    queries_of_wave_.clear();
+    const size_t samples = mass_stride / kMassBlocks * kTile;
+    if (space.sampled_masses.size() < count * samples) space.sampled_masses.resize(count * samples);
     for (size_t t = 0; t < count; ++t) {
         place_tile(tiles_[t], first + t, tiles_per_head);
         tiles_[t].uppers = space.uppers.data() + t * kTile * stride;
         tiles_[t].stride = stride;
         tiles_[t].block_masses = space.block_masses.data() + t * kTile * mass_stride;
         tiles_[t].mass_stride = mass_stride;
-        for (int q = 0; q < tiles_[t].count; ++q) queries_of_wave_.push_back({t, q});
-    }
-    // A dozen queries are prepared before a second thread would be awake.
-    parallel_for(queries_of_wave_.size(), queries_of_wave_.size() < 16 ? 1 : num_threads(),
-                 [&](size_t i) { prepare(tiles_[queries_of_wave_[i].first], queries_of_wave_[i].second); });
-    for (Tile& tile : tiles_) {
-        const bool all_seen = tile.blocks && !hides(tile, 0, tile.blocks * kBlock),
-                   by_block = all_seen && settings_.rule == Rule::epsilon;
-        tile.scan = kind_of_scan(tile, by_block);
-        tile.by_block = by_block && tile.scan == Scan::four;
-        tile.fused = all_seen && relu() && tile.scan == Scan::four;
-        // With block masses only the keys left out after refinement are guessed from the sample.
-        const size_t sampled =
-            tile.by_block ? std::clamp(tile.blocks / kSampleStep, kFewestSampled, kMostSampled) : 4 * kFewestSampled;
-        tile.sample_step = std::max<size_t>(1, tile.blocks / sampled);
+        tiles_[t].sampled_masses = space.sampled_masses.data() + t * samples;
     }
     chunks_of_wave_.clear();
     for (size_t t = 0; t < count; ++t) {
@@ -71,6 +58,19 @@ void Attend::prepare_wave(size_t first, size_t count, size_t tiles_per_head, siz
     space.chunk_top.resize(pieces * kTile);
     space.accumulators.resize(pieces * kTile * size_t(groups_) * kValueGroup);
     for (auto* sums : {&space.offsets, &space.steps, &space.squares}) sums->resize(pieces * kTile * size_t(groups_));
+}
+
+void Attend::prepare(Tile& tile) const {
+    for (int q = 0; q < tile.count; ++q) prepare(tile, q);
+    const bool all_seen = tile.blocks && !hides(tile, 0, tile.blocks * kBlock),
+               by_block = all_seen && settings_.rule == Rule::epsilon;
+    tile.scan = kind_of_scan(tile, by_block);
+    tile.by_block = by_block && tile.scan == Scan::four;
+    tile.fused = all_seen && relu() && tile.scan == Scan::four;
+    // With block masses only the keys left out after refinement are guessed from the sample.
+    const size_t sampled =
+        tile.by_block ? std::clamp(tile.blocks / kSampleStep, kFewestSampled, kMostSampled) : 4 * kFewestSampled;
+    tile.sample_step = std::max<size_t>(1, tile.blocks / sampled);
 }
 
 void Attend::place_tile(Tile& tile, size_t index, size_t tiles_per_head) const {
@@ -86,6 +86,7 @@ void Attend::place_tile(Tile& tile, size_t index, size_t tiles_per_head) const {
         tile.visible[q] = std::clamp<int64_t>(queries_.visible[tile.query[q]], 0, int64_t(cache_.size()));
         farthest = std::max(farthest, tile.visible[q]);
     }
+    tile.again = false;
     tile.blocks = std::min(cache_.key_sketch(store_head(tile)).blocks(), (size_t(farthest) + kBlock - 1) / kBlock);
     tile.chunks = (tile.blocks + chunk_blocks_ - 1) / chunk_blocks_;
 }
@@ -139,47 +140,67 @@ Scan Attend::kind_of_scan(Tile& tile, bool by_block) const {
     return kind;
 }
 
-// Whoever ends the last chunk of a tile goes on with what needs all of them.
+// A tile is prepared, scanned, chosen for and selected from; whoever ends its last chunk goes on with what needs all of
+// them, while the other threads are at other tiles.
 void Attend::run_wave() {
-    std::vector<std::atomic<size_t>> open(tiles_.size());
-    const auto last_of = [&](size_t t) { return open[t].fetch_sub(1, std::memory_order_acq_rel) == 1; };
-    const auto reopen = [&] {
-        for (size_t t = 0; t < tiles_.size(); ++t) open[t] = tiles_[t].chunks;
+    enum : size_t { preparing, scanning, selecting };
+    enum : int { prepared = 1, chosen = 2 };
+    const size_t tiles = tiles_.size(), chunks = chunks_of_wave_.size();
+    std::vector<Progress> progress(tiles);
+    std::vector<std::atomic<size_t>> to_scan(tiles), to_select(tiles);
+    std::atomic<bool> failed{false};
+    const auto reopen = [&](std::vector<std::atomic<size_t>>& open) {
+        for (size_t t = 0; t < tiles; ++t) open[t] = tiles_[t].chunks;
     };
-    reopen();
-    for (Tile& tile : tiles_)
-        if (tile.fused) choose(tile);
-    parallel_for(chunks_of_wave_.size(), [&](size_t i) {
-        const auto [t, c] = chunks_of_wave_[i];
+    const auto last_of = [](std::atomic<size_t>& open) { return open.fetch_sub(1, std::memory_order_acq_rel) == 1; };
+    const auto prepare_tile = [&](size_t t) {
         Tile& tile = tiles_[t];
-        if (tile.fused)
-            select_chunk(tile, c);
-        else
-            scan_chunk(tile, c);
-        if (!last_of(t)) return;
-        if (tile.fused)
-            finish(tile);
-        else
-            choose(tile);
-    });
-    for (Tile& tile : tiles_)
-        if (tile.chunks == 0) choose(tile);
-    space_->candidates.resize(collects() ? chunks_of_wave_.size() * kTile : 0);
-    std::vector<char> pending(tiles_.size());
-    for (size_t t = 0; t < tiles_.size(); ++t) pending[t] = !tiles_[t].fused;
-    while (std::count(pending.begin(), pending.end(), 1)) {
-        reopen();
-        parallel_for(chunks_of_wave_.size(), [&](size_t i) {
-            const auto [t, c] = chunks_of_wave_[i];
-            if (!pending[t]) return;
-            select_chunk(tiles_[t], c);
-            if (last_of(t)) tiles_[t].again = !finish(tiles_[t]);
-        });
-        for (size_t t = 0; t < tiles_.size(); ++t) {
-            if (pending[t] && tiles_[t].chunks == 0) tiles_[t].again = !finish(tiles_[t]);
-            pending[t] = tiles_[t].again;
-            work_.selected_again += tiles_[t].again;
+        prepare(tile);
+        if (tile.fused || tile.chunks == 0) choose(tile);
+        progress[t].reach(tile.fused ? chosen : prepared);
+    };
+    const auto select = [&](size_t t, size_t chunk) {
+        select_chunk(tiles_[t], chunk);
+        if (last_of(to_select[t])) tiles_[t].again = !finish(tiles_[t]);
+    };
+    const auto scan = [&](size_t t, size_t chunk) {
+        if (tiles_[t].fused) return select(t, chunk);
+        scan_chunk(tiles_[t], chunk);
+        if (!last_of(to_scan[t])) return;
+        choose(tiles_[t]);
+        progress[t].reach(chosen);
+    };
+    reopen(to_scan);
+    reopen(to_select);
+    space_->candidates.resize(collects() ? chunks * kTile : 0);
+    parallel_phases({tiles, chunks, chunks}, [&](size_t phase, size_t task) {
+        try {
+            if (phase == preparing) return prepare_tile(task);
+            const auto [t, chunk] = chunks_of_wave_[task];
+            if (phase == scanning && progress[t].wait_for(prepared, failed)) scan(t, chunk);
+            if (phase == selecting && progress[t].wait_for(chosen, failed) && !tiles_[t].fused) select(t, chunk);
+        } catch (...) {
+            failed = true;
+            throw;
         }
+    });
+    std::vector<size_t> again;  // tiles
+    const auto list_again = [&] {
+        again.clear();
+        for (size_t t = 0; t < tiles; ++t)
+            if (tiles_[t].again) again.push_back(t);
+        work_.selected_again += int64_t(again.size());
+    };
+    for (Tile& tile : tiles_)
+        if (tile.chunks == 0) tile.again = !finish(tile);
+    for (list_again(); !again.empty(); list_again()) {
+        reopen(to_select);
+        for (const size_t t : again)
+            if (tiles_[t].chunks == 0) tiles_[t].again = !finish(tiles_[t]);
+        parallel_for(chunks, [&](size_t i) {
+            const auto [t, chunk] = chunks_of_wave_[i];
+            if (std::binary_search(again.begin(), again.end(), t)) select(t, chunk);
+        });
     }
     for (const Tile& tile : tiles_) {
         const int64_t scored = int64_t(tile.blocks * kBlock) * tile.count;

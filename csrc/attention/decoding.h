@@ -71,9 +71,13 @@ struct Tile {
     size_t stride;
     float* block_masses;  // rule epsilon, four bits: upper masses of coded blocks, [count] rows of `mass_stride`
     size_t mass_stride;
-    bool fused;     // the thresholds are known beforehand (ReLU): a chunk is scanned and selected at once
-    bool by_block;  // block_masses are complete and decide which blocks are refined
+    float* sampled_masses;  // of the estimates of every kMassBlocks-th block, [count of them][kTile]
+    bool fused;             // the thresholds are known beforehand (ReLU): a chunk is scanned and selected at once
+    bool by_block;          // block_masses are complete and decide which blocks are refined
     size_t sample_step;
+    // The sample is every sample_step-th block; not from the first on, since texts like to begin at round numbers.
+    size_t sampled_block(size_t i) const { return i * sample_step + sample_step / 2; }
+    size_t sampled_below(size_t block) const { return (block + sample_step - 1 - sample_step / 2) / sample_step; }
     Selection selection[kTile];
     double tail_logit[kTile][kBlock];  // keys behind the coded blocks; -inf: not seen
     size_t partial_at;
@@ -99,7 +103,7 @@ struct KeptLists {
 };
 
 struct Workspace {
-    std::vector<float> uppers, block_masses, accumulators, offsets, steps, squares;
+    std::vector<float> uppers, block_masses, sampled_masses, accumulators, offsets, steps, squares;
     std::vector<Partial> partials;
     std::vector<double> chunk_mass, chunk_top;
     std::vector<std::vector<Candidate>> candidates;
@@ -145,9 +149,10 @@ private:
         return logit == -kInf ? 0.0f : float(tile.float_slack[q] + std::fabs(double(logit)) * 1e-6);
     }
 
-    // ---- preparation, and the two passes (attend.cpp)
-    void prepare_wave(size_t first, size_t count, size_t tiles_per_head, size_t stride);
+    // ---- preparation, and the stages on threads (attend.cpp)
+    void place_wave(size_t first, size_t count, size_t tiles_per_head, size_t stride);
     void place_tile(Tile& tile, size_t index, size_t tiles_per_head) const;
+    void prepare(Tile& tile) const;
     void prepare(Tile& tile, int q) const;
     Scan kind_of_scan(Tile& tile, bool by_block) const;
     void run_wave();
@@ -160,11 +165,16 @@ private:
     void hide(const Tile& tile, int q, size_t first, size_t count, float* estimates) const;
 
     // ---- choose: thresholds of each query (choose_stage.cpp)
+    struct Sample {  // some blocks of keys; uppers and their weights, or the upper masses of the blocks
+        size_t blocks;
+        float *estimates, *weights, *uppers, *upper_weights, *masses;
+    };
     void choose(Tile& tile);
     void choose(Tile& tile, int q);
-    double refined_mass(const Tile& tile, int q) const;
+    Sample take_sample(const Tile& tile, int q) const;
+    double likely_mass(const Tile& tile, int q) const;
     static float mass_from(const Tile& tile, int q, float threshold);
-    float tail_threshold(Tile& tile, int q);
+    float tail_threshold(const Tile& tile, int q) const;
     void away_from_upper(const Tile& tile, int q, size_t block, size_t count, float sign, const float* uppers,
                          float* out) const;
     float top_r_threshold(Tile& tile, int q);
@@ -197,7 +207,6 @@ private:
     Workspace* space_ = nullptr;
     std::vector<Tile> tiles_;
     std::vector<std::pair<size_t, size_t>> chunks_of_wave_;  // (tile, chunk)
-    std::vector<std::pair<size_t, int>> queries_of_wave_;    // (tile, query)
     AttendWork work_;
 };
 

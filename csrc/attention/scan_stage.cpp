@@ -19,12 +19,18 @@ void Attend::scan_chunk(Tile& tile, size_t chunk) {
         scan_full(tile, first * kBlock, count * kBlock, tops, masses);
         return;
     }
-    if (tile.scan == Scan::four && !hides(tile, first * kBlock, count * kBlock)) {
-        kernels().scan_mass(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count,
-                            tile.by_block ? nullptr : estimates, tile.stride, maxima, masses, tile.block_masses + first,
-                            tile.mass_stride);
+    if (tile.by_block) {
+        kernels().scan_blocks(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, maxima,
+                              tile.block_masses + first, tile.mass_stride,
+                              tile.sampled_masses + first / kMassBlocks * kTile);
         std::copy(maxima, maxima + tile.count, tops);
-        if (tile.by_block) score_sample(tile, first, count);
+        score_sample(tile, first, count);
+        return;
+    }
+    if (tile.scan == Scan::four && !hides(tile, first * kBlock, count * kBlock)) {
+        kernels().scan_mass(sketch.high(first), cache_.key_dim(), count, tile.coded, tile.count, estimates, tile.stride,
+                            maxima, masses);
+        std::copy(maxima, maxima + tile.count, tops);
         return;
     }
     // Maxima of these would count hidden keys: they are taken again below.
@@ -46,10 +52,11 @@ void Attend::scan_chunk(Tile& tile, size_t chunk) {
 
 void Attend::score_sample(const Tile& tile, size_t first, size_t count) const {
     const KeySketch& sketch = cache_.key_sketch(store_head(tile));
-    const size_t step = tile.sample_step, from = (first + step - 1) / step, until = (first + count + step - 1) / step;
+    const size_t from = tile.sampled_below(first), until = tile.sampled_below(first + count);
     float unused[kTile] = {};
-    kernels().scan(sketch.high(from * step), cache_.key_dim(), until - from, step, tile.coded, tile.count,
-                   tile.uppers + from * kBlock, tile.stride, unused);
+    if (from < until)
+        kernels().scan(sketch.high(tile.sampled_block(from)), cache_.key_dim(), until - from, tile.sample_step,
+                       tile.coded, tile.count, tile.uppers + from * kBlock, tile.stride, unused);
 }
 
 // Every logit at full precision; tops are the very numbers that `logit` gives again later.

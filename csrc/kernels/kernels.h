@@ -14,6 +14,8 @@ constexpr int kTile = 4;         // most queries scored in one pass over the cod
 constexpr int kValueGroup = 32;  // value coordinates that share an offset and a step
 constexpr int kMaxHeadDim = 512;
 constexpr size_t kSelectBlocks = 64;  // most blocks in one call of `select`
+// A scan of block masses weighs the estimates of one block in eight; not the first, where texts like to begin.
+constexpr size_t kMassBlocks = 8, kWeighedBlock = 3;
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 inline size_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -154,12 +156,16 @@ struct Kernels {
     // estimates[q][block * 16 + i] for `blocks` blocks, every `spacing`-th; maxima[q] is raised to the largest.
     void (*scan)(const uint8_t* high, int dim, size_t blocks, size_t spacing, const CodedQuery* queries, int count,
                  float* estimates, size_t estimate_stride, float* maxima);
-    // The same blocks in one pass, at most 2,048 keys: upper bounds (estimate + band) instead of
-    // estimates, where `uppers` is not null, their largest estimate, and the sum of exp(estimate - largest), at
-    // most 6.2 % too large. block_masses[q * mass_stride + block]: sum of exp(upper - largest) over the keys of a
-    // block, likewise; written up to a multiple of 8 blocks.
+    // The same blocks in one pass: upper bounds (estimate + band) instead of estimates, their largest estimate, and the
+    // sum of exp(estimate - largest), at most 6.2 % too large.
     void (*scan_mass)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
-                      size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride);
+                      size_t stride, float* maxima, double* masses);
+    // The same blocks, at most 128 and with finite bands: references[q] is their largest upper bound, and
+    // block_masses[q * mass_stride + block] the sum of exp(upper - reference) over the keys of a block, from above by
+    // at most 6.2 %; written up to a multiple of 16 blocks. sampled[i * kTile + q]: the sum of exp(estimate -
+    // reference) over block i * kMassBlocks + kWeighedBlock.
+    void (*scan_blocks)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+                        float* references, float* block_masses, size_t mass_stride, float* sampled);
     // The same blocks for thresholds that are known: masks[block * kTile + q], lanes whose upper bound reaches
     // thresholds[q]. Nothing else is written.
     void (*scan_reach)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
@@ -182,9 +188,9 @@ struct Kernels {
     // Estimates of `blocks` blocks from both planes; maxima as in `scan`.
     void (*refine)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, const CodedQuery* queries,
                    int count, float* estimates, size_t estimate_stride, float* maxima);
-    // Estimates [count][16] of the blocks of a list, from the first plane and from both.
-    void (*estimate_listed)(const uint8_t* high, const uint8_t* low, int dim, const uint32_t* blocks, size_t count,
-                            const CodedQuery* query, float* coarse, float* refined);
+    // Estimates [count][16] of the blocks of a list, from both planes.
+    void (*refine_listed)(const uint8_t* high, const uint8_t* low, int dim, const uint32_t* blocks, size_t count,
+                          const CodedQuery* query, float* estimates);
     // Two-stage selection over blocks. In doubt for a query are the keys whose upper bound reaches its threshold; or,
     // when block_masses are given, the blocks whose upper mass is not below `mass_from`; a block in doubt for one query
     // is refined for all. Reading the second plane of a block costs the same for one key as for all, so what counts is

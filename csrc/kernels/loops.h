@@ -206,8 +206,9 @@ void code_value(int dim, const float* value, uint8_t* row, uint8_t* parameters) 
 
 // ------------------------------------------------------------------ the scan of the first plane
 
-// Measured at d = 64, one thread, codes in memory: 25 GB/s at 4.5 KiB, 28 at 9, 32 at 18, 35 from the second cache.
-constexpr size_t kBytesAhead = 16384;
+// Measured at d = 64, one thread, codes in memory: 25 GB/s at 4.5 KiB, 28 at 9, 32 at 18, 35 from the second cache
+// (AVX-512); 13.4 at 16 KiB, 13.9 at 32 (AVX2, Zen 3).
+constexpr size_t kBytesAhead = 32768;
 
 // Blocks scored together share each load of the queries' digits, which would else be what limits the loop.
 constexpr int kScanBlocks = kParts == 1 ? 2 : 1;
@@ -223,6 +224,7 @@ struct ScanQuery {
           offset(7.5f * query.high_sum + float(starts.total())),
           factor(16.0f * query.unit),
           centre(query.centre) {}
+    Floats estimate(Floats step, Floats dot) const { return step * (factor * (dot - offset)) + centre; }
 };
 template <int Count>
 struct ScanQueries {
@@ -237,7 +239,7 @@ private:
 };
 
 // Estimates of `Blocks` neighbouring blocks of one tile, a register of keys at a time:
-// take(block, part, query, step, residual, estimate). `Pairs` of dimensions by fours, or 0: as many as `dim` says.
+// take(block, part, query, step, residual, dot). `Pairs` of dimensions by fours, or 0: as many as `dim` says.
 template <int Count, int Blocks, int Pairs, class Take>
 inline void score_together(const uint8_t* high, int dim, size_t spacing, const ScanQuery* queries, const Take& take) {
     const int pairs = Pairs ? Pairs : (dim + 7) / 8;
@@ -272,11 +274,8 @@ inline void score_together(const uint8_t* high, int dim, size_t spacing, const S
             for (int i = 0; i < kPartsTogether; ++i) {
                 const Floats step = part_of_bfloat16(steps, part + i),
                              residual = part_of_bfloat16(steps + 32, part + i);
-                for (int q = 0; q < Count; ++q) {
-                    const ScanQuery& query = queries[q];
-                    const Floats dot = convert<Floats>(sum[k * kPartsTogether + i][q].total());
-                    take(k, part + i, q, step, residual, step * (query.factor * (dot - query.offset)) + query.centre);
-                }
+                for (int q = 0; q < Count; ++q)
+                    take(k, part + i, q, step, residual, convert<Floats>(sum[k * kPartsTogether + i][q].total()));
             }
         }
     }
@@ -314,7 +313,8 @@ template <int Count, int Pairs>
     Floats top[Count];
     for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(maxima[q]);
     score_blocks<Count, Pairs>(high, dim, blocks, spacing, scanned.own,
-                               [&](size_t block, int part, int q, Floats, Floats, Floats estimate) {
+                               [&](size_t block, int part, int q, Floats step, Floats, Floats dot) {
+                                   const Floats estimate = scanned.own[q].estimate(step, dot);
                                    top[q] = max_of(top[q], estimate);
                                    store(estimates + q * stride + block * 16 + part * kPartLanes, estimate);
                                });
@@ -342,14 +342,13 @@ struct ScanBands {
     }
 };
 
-// As flash attention keeps its running maximum: weights are relative to an estimate that was seen. Another one takes
-// its place, and what was added up is scaled, only when it leads by so much that a weight might not fit float32.
-constexpr float kHeadroom = 40.0f;  // nats; a band takes at most 30 more, and CoarseExp bears 80
-template <int Count, int Pairs, bool Keep>
+// As flash attention keeps its running maximum: weights are relative to a logit that was seen. Another one takes its
+// place, and what was added up is scaled, only when it leads by so much that a weight might not fit float32.
+constexpr float kHeadroom = 40.0f;  // nats; CoarseExp bears 80
+
+template <int Count, int Pairs>
 [[gnu::noinline]] void scan_mass_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
-                                      float* uppers, size_t stride, float* maxima, double* masses, float* block_masses,
-                                      size_t mass_stride) {
-    constexpr size_t kGroup = 8;
+                                      float* uppers, size_t stride, float* maxima, double* masses) {
     const size_t bytes = size_t(dim + 7) / 8 * 64 + 64;
     const ScanQueries<Count> scanned(queries, dim);
     const ScanBands<Count> bands(queries);
@@ -357,62 +356,138 @@ template <int Count, int Pairs, bool Keep>
     float reference[Count];
     Floats top[Count], sum[Count];
     for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(-3.0e38f), sum[q] = Floats{};
-    const auto refer_to = [&](int q, float to, size_t before) {
-        const float factor = max_of_lanes(exp_of(splat(reference[q] - to)));
-        float* own = block_masses + q * mass_stride;
-        for (size_t i = 0; i < before; i += 16) store(own + i, load<f32x16>(own + i) * factor);
-        sum[q] *= factor;
-        reference[q] = to;
-        weight_of[q] = CoarseExp(to);
-    };
-    score_blocks<Count, Pairs>(high, dim, 1, 1, scanned.own, [&](size_t, int, int q, Floats, Floats, Floats estimate) {
-        top[q] = max_of(top[q], estimate);
+    score_blocks<Count, Pairs>(high, dim, 1, 1, scanned.own, [&](size_t, int, int q, Floats step, Floats, Floats dot) {
+        top[q] = max_of(top[q], scanned.own[q].estimate(step, dot));
     });
-    for (int q = 0; q < Count; ++q) refer_to(q, reference[q] = max_of_lanes(top[q]), 0);
-    for (size_t first = 0; first < blocks; first += kGroup) {
-        const size_t count = blocks - first < kGroup ? blocks - first : kGroup;
-        Floats of_keys[Count], of_block[Count][kGroup];  // of estimates, of upper bounds
+    for (int q = 0; q < Count; ++q) weight_of[q] = CoarseExp(reference[q] = max_of_lanes(top[q]));
+    for (size_t first = 0; first < blocks; first += kMassBlocks) {
+        const size_t count = blocks - first < kMassBlocks ? blocks - first : kMassBlocks;
+        Floats here[Count];
         for (bool again = true; again;) {
-            for (int q = 0; q < Count; ++q) {
-                of_keys[q] = Floats{};
-                for (Floats& mass : of_block[q]) mass = Floats{};
-            }
-            score_blocks<Count, Pairs>(
-                high + first * bytes, dim, count, 1, scanned.own,
-                [&](size_t block, int part, int q, Floats step, Floats residual, Floats estimate) {
-                    const Floats upper = estimate + bands.own[q](step, residual);
-                    top[q] = max_of(top[q], estimate);
-                    of_keys[q] += weight_of[q](estimate);
-                    of_block[q][block] += weight_of[q](upper);
-                    if (Keep) store(uppers + q * stride + (first + block) * 16 + part * kPartLanes, upper);
-                });
+            for (Floats& mass : here) mass = Floats{};
+            score_blocks<Count, Pairs>(high + first * bytes, dim, count, 1, scanned.own,
+                                       [&](size_t block, int part, int q, Floats step, Floats residual, Floats dot) {
+                                           const Floats estimate = scanned.own[q].estimate(step, dot);
+                                           top[q] = max_of(top[q], estimate);
+                                           here[q] += weight_of[q](estimate);
+                                           store(uppers + q * stride + (first + block) * 16 + part * kPartLanes,
+                                                 estimate + bands.own[q](step, residual));
+                                       });
             again = false;
             for (int q = 0; q < Count; ++q) {
                 const float highest = max_of_lanes(top[q]);
                 if (!(highest > reference[q] + kHeadroom)) continue;
-                refer_to(q, highest, first);
+                sum[q] *= max_of_lanes(exp_of(splat(reference[q] - highest)));
+                weight_of[q] = CoarseExp(reference[q] = highest);
                 again = true;
             }
         }
-        for (int q = 0; q < Count; ++q) {
-            sum[q] += of_keys[q];
-            for (size_t block = 0; block < kGroup; block += 4)
-                sums_of_4(of_block[q] + block, block_masses + q * mass_stride + first + block);
-        }
+        for (int q = 0; q < Count; ++q) sum[q] += here[q];
     }
     for (int q = 0; q < Count; ++q) {
         maxima[q] = max_of_lanes(top[q]);
-        refer_to(q, maxima[q], blocks);
-        masses[q] = sum_of(sum[q]);
+        masses[q] = double(sum_of(sum[q])) * double(max_of_lanes(exp_of(splat(reference[q] - maxima[q]))));
     }
 }
 
 void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* uppers,
-               size_t stride, float* maxima, double* masses, float* block_masses, size_t mass_stride) {
+               size_t stride, float* maxima, double* masses) {
     with_shape(count, dim, [&](auto number, auto pairs) {
-        constexpr int kCount = decltype(number)::value, kPairs = decltype(pairs)::value;
-        const auto tile = uppers ? scan_mass_tile<kCount, kPairs, true> : scan_mass_tile<kCount, kPairs, false>;
-        tile(high, dim, blocks, queries, uppers, stride, maxima, masses, block_masses, mass_stride);
+        scan_mass_tile<decltype(number)::value, decltype(pairs)::value>(high, dim, blocks, queries, uppers, stride,
+                                                                        maxima, masses);
+    });
+}
+
+// exp(upper bound - reference) of a key, from its dot: the bits that CoarseExp makes, whose constants are taken into
+// those of the estimate and of the band. What it adds for roundings and `slack` pay for the roundings here as well: of
+// four numbers and three sums, no larger than those of estimates and of CoarseExp.
+struct UpperWeight {
+    static constexpr float kOne = 127.0f * 8388608.0f;  // of weight 1
+    float factor, offset, slope, start;
+    UpperWeight() = default;
+    UpperWeight(const CodedQuery& query, const ScanQuery& scanned, float reference) {
+        const double per_nat = double(CoarseExp::kPerNat), of_dot = per_nat * double(scanned.factor);
+        factor = float(of_dot);
+        offset = float(per_nat * double(query.slope4_step) - of_dot * double(scanned.offset));
+        slope = float(per_nat * double(query.slope4));
+        start = float(CoarseExp::start_at(double(reference)) + per_nat * (double(query.centre) + double(query.slack)));
+    }
+    Floats bits(Floats step, Floats residual, Floats dot) const {
+        return step * (factor * dot + offset) + (slope * residual + start);
+    }
+    static float logit(float bits, float reference) { return reference + (bits - kOne) / CoarseExp::kPerNat; }
+};
+
+template <int Count, int Pairs>
+[[gnu::noinline]] void scan_blocks_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+                                        float* references, float* block_masses, size_t mass_stride, float* sampled) {
+    const size_t bytes = size_t(dim + 7) / 8 * 64 + 64;
+    const ScanQueries<Count> scanned(queries, dim);
+    UpperWeight weight_of[Count];
+    ScanBand band_of[Count];  // in bits
+    float reference[Count];
+    Floats top[Count];
+    // What lies before block `before` becomes relative to the largest upper bound.
+    const auto refer_to_top = [&](int q, size_t before) {
+        const float to = UpperWeight::logit(max_of_lanes(top[q]), reference[q]);
+        const float factor = max_of_lanes(exp_of(splat(reference[q] - to)));
+        float* own = block_masses + q * mass_stride;
+        for (size_t i = 0; i < before; i += 16) store(own + i, load<f32x16>(own + i) * factor);
+        for (size_t i = 0; i < before; i += kMassBlocks) sampled[i / kMassBlocks * kTile + q] *= factor;
+        reference[q] = to;
+        weight_of[q] = UpperWeight(queries[q], scanned.own[q], to);
+        top[q] = splat_to<Floats>(UpperWeight::kOne);
+    };
+    for (int q = 0; q < Count; ++q) {
+        reference[q] = queries[q].centre;
+        weight_of[q] = UpperWeight(queries[q], scanned.own[q], reference[q]);
+        const float per_nat = CoarseExp::kPerNat;
+        band_of[q] = {per_nat * queries[q].slope4, per_nat * queries[q].slope4_step, per_nat * queries[q].slack};
+        top[q] = splat_to<Floats>(-3.0e38f);
+    }
+    score_blocks<Count, Pairs>(high, dim, 1, 1, scanned.own,
+                               [&](size_t, int, int q, Floats step, Floats residual, Floats dot) {
+                                   top[q] = max_of(top[q], weight_of[q].bits(step, residual, dot));
+                               });
+    for (int q = 0; q < Count; ++q) refer_to_top(q, 0);
+    for (size_t first = 0; first < blocks; first += kMassBlocks) {
+        const size_t count = blocks - first < kMassBlocks ? blocks - first : kMassBlocks;
+        Floats of_block[Count][kMassBlocks], of_sample[kTile];
+        for (bool again = true; again;) {
+            for (auto& of_query : of_block)
+                for (Floats& mass : of_query) mass = Floats{};
+            for (Floats& mass : of_sample) mass = Floats{};
+            score_blocks<Count, Pairs>(high + first * bytes, dim, count, 1, scanned.own,
+                                       [&](size_t block, int, int q, Floats step, Floats residual, Floats dot) {
+                                           const Floats bits = weight_of[q].bits(step, residual, dot);
+                                           top[q] = max_of(top[q], bits);
+                                           of_block[q][block] += CoarseExp::weight(bits);
+                                           if (block == kWeighedBlock)
+                                               of_sample[q] += CoarseExp::weight(bits - band_of[q](step, residual));
+                                       });
+            again = false;
+            for (int q = 0; q < Count; ++q) {
+                if (!(max_of_lanes(top[q]) > UpperWeight::kOne + kHeadroom * CoarseExp::kPerNat)) continue;
+                refer_to_top(q, first);
+                again = true;
+            }
+        }
+        for (int q = 0; q < Count; ++q)
+            for (size_t block = 0; block < kMassBlocks; block += 4)
+                sums_of_4(of_block[q] + block, block_masses + q * mass_stride + first + block);
+        sums_of_4(of_sample, sampled + first / kMassBlocks * kTile);
+    }
+    for (int q = 0; q < Count; ++q) {
+        refer_to_top(q, blocks);
+        references[q] = reference[q];
+    }
+}
+
+void scan_blocks(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count, float* references,
+                 float* block_masses, size_t mass_stride, float* sampled) {
+    with_shape(count, dim, [&](auto number, auto pairs) {
+        scan_blocks_tile<decltype(number)::value, decltype(pairs)::value>(high, dim, blocks, queries, references,
+                                                                          block_masses, mass_stride, sampled);
     });
 }
 
@@ -425,12 +500,12 @@ template <int Count, int Pairs>
     float threshold[Count];
     for (int q = 0; q < Count; ++q) threshold[q] = thresholds[q];
     for (size_t i = 0; i < blocks * kTile; ++i) masks[i] = 0;
-    score_blocks<Count, Pairs>(high, dim, blocks, 1, scanned.own,
-                               [&](size_t block, int part, int q, Floats step, Floats residual, Floats estimate) {
-                                   const Floats upper = estimate + bands.own[q](step, residual);
-                                   masks[block * kTile + q] |=
-                                       uint16_t(mask_ge(upper, splat_to<Floats>(threshold[q])) << (part * kPartLanes));
-                               });
+    score_blocks<Count, Pairs>(
+        high, dim, blocks, 1, scanned.own,
+        [&](size_t block, int part, int q, Floats step, Floats residual, Floats dot) {
+            const Floats upper = scanned.own[q].estimate(step, dot) + bands.own[q](step, residual);
+            masks[block * kTile + q] |= uint16_t(mask_ge(upper, splat_to<Floats>(threshold[q])) << (part * kPartLanes));
+        });
 }
 
 void scan_reach(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
@@ -668,6 +743,7 @@ const Kernels& table() {
                                 split_query,
                                 scan,
                                 scan_mass,
+                                scan_blocks,
                                 scan_reach,
                                 exp_into,
                                 scale,
@@ -676,7 +752,7 @@ const Kernels& table() {
                                 mass_below,
                                 sum_exp,
                                 refine,
-                                estimate_listed,
+                                refine_listed,
                                 select,
                                 accumulate_codes,
                                 bounds,

@@ -84,17 +84,13 @@ void refine(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, con
     });
 }
 
-void estimate_listed(const uint8_t* high, const uint8_t* low, int dim, const uint32_t* blocks, size_t count,
-                     const CodedQuery* query, float* coarse, float* refined) {
+void refine_listed(const uint8_t* high, const uint8_t* low, int dim, const uint32_t* blocks, size_t count,
+                   const CodedQuery* query, float* estimates) {
     const size_t bytes = size_t(dim + 7) / 8 * 64;
-    const ScanQueries<1> scanned(query, dim);
     const DigitRows<1> rows(query);
     for (size_t i = 0; i < count; ++i) {
         const uint8_t *h = high + blocks[i] * (bytes + 64), *l = low + blocks[i] * (bytes + 32);
-        score_together<1, 1, 0>(h, dim, 1, scanned.own, [&](int, int part, int, Floats, Floats, Floats estimate) {
-            store(coarse + i * 16 + part * kPartLanes, estimate);
-        });
-        refine_together<1, 1>(&h, &l, dim, query, rows, kEvery, refined + i * 16);
+        refine_together<1, 1>(&h, &l, dim, query, rows, kEvery, estimates + i * 16);
     }
 }
 

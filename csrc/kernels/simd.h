@@ -271,13 +271,17 @@ struct CoarseExp {
     CoarseExp() = default;
     // In units of the last place of the exponent's bits: 256 + 4 |reference| pay for the roundings of the constant, of
     // `start`, of the product (where it is rounded) and of the sum, each at most 64 + |reference|.
-    explicit CoarseExp(float reference)
-        : start(float(127.0 * 8388608.0 + 256.0 + 4.0 * __builtin_fabs(double(reference)) -
-                      double(reference) * double(kPerNat))) {}
+    static double start_at(double reference) {
+        return 127.0 * 8388608.0 + 256.0 + 4.0 * __builtin_fabs(reference) - reference * double(kPerNat);
+    }
+    explicit CoarseExp(float reference) : start(float(start_at(double(reference)))) {}
     template <class V>
     V operator()(const V& x) const {
-        const V t = x * kPerNat + start;
-        return as<V>(convert<Vector<int32_t, Shape<V>::lanes>>(max_of(t, V{})));
+        return weight(x * kPerNat + start);
+    }
+    template <class V>
+    static V weight(const V& bits) {
+        return as<V>(convert<Vector<int32_t, Shape<V>::lanes>>(max_of(bits, V{})));
     }
     static constexpr float kPerNat = 1.44269504f * 8388608.0f;
 };

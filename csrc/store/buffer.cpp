@@ -37,18 +37,37 @@ int nameless_file(const std::string& directory) {
     return file;
 }
 
-// `base` is null at first.
+constexpr size_t kLargePage = 2u << 20;
+
+// Address space for `bytes` that starts at a large page; null if there is none.
+void* aligned_space(size_t bytes) {
+    const size_t most = bytes + kLargePage;
+    void* const space = mmap(nullptr, most, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED) return nullptr;
+    uint8_t* const from = static_cast<uint8_t*>(space);
+    const size_t before = (kLargePage - reinterpret_cast<uintptr_t>(from) % kLargePage) % kLargePage;
+    if (before) munmap(from, before);
+    munmap(from + before + bytes, kLargePage - before);
+    return from + before;
+}
+
+// `base` is null at first. Pages in memory stand where large ones may, from one of those on.
 void* map(void* base, size_t have, size_t wanted, int file) {
-    const int flags = file >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+    void* const place = file < 0 && wanted >= kLargePage ? aligned_space(wanted) : nullptr;
+    const int flags = (file >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS) | (place ? MAP_FIXED : 0);
     void* moved;
 #ifdef MREMAP_MAYMOVE
     if (base) {
-        moved = mremap(base, have, wanted, MREMAP_MAYMOVE);
-        if (moved == MAP_FAILED) throw std::bad_alloc();
+        moved = place ? mremap(base, have, wanted, MREMAP_MAYMOVE | MREMAP_FIXED, place)
+                      : mremap(base, have, wanted, MREMAP_MAYMOVE);
+        if (moved == MAP_FAILED) {
+            if (place) munmap(place, wanted);
+            throw std::bad_alloc();
+        }
         return moved;
     }
 #endif
-    moved = mmap(nullptr, wanted, PROT_READ | PROT_WRITE, flags, file, 0);
+    moved = mmap(place, wanted, PROT_READ | PROT_WRITE, flags, file, 0);
     if (moved == MAP_FAILED) throw std::bad_alloc();
     if (base) {
         if (file < 0) std::memcpy(moved, base, have);
@@ -95,14 +114,12 @@ void Buffer::reserve(size_t bytes) {
     prefer_large_pages();
 }
 
-// Rows are read far apart, and a walk through the page tables for each costs as much as the read. The whole mapping or
-// nothing, since mremap moves only what the system holds as one piece; and only where at most a large page more than
-// was written, at the end, is little beside the rest.
+// Each small page read costs a walk through the page tables, which in a virtual machine takes as long as reading some
+// lines. The whole mapping or nothing, since mremap moves only what the system holds as one piece. No large page
+// reaches beyond the mapping: what is not written yet, at most an eighth, is all that may be taken too early.
 void Buffer::prefer_large_pages() {
 #if defined(MADV_HUGEPAGE)
-    constexpr size_t kLargePages = size_t(16) << 20;
-    if (mapped_ && !in_file() && capacity_ >= kLargePages)
-        madvise(base_, capacity_, MADV_HUGEPAGE);  // a wish: may fail
+    if (mapped_ && !in_file() && capacity_ >= kLargePage) madvise(base_, capacity_, MADV_HUGEPAGE);  // a wish: may fail
 #endif
 }
 

@@ -80,7 +80,7 @@ class TensorArray(FloatArray):
     def native(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Address, shape and strides in elements; the tensor must live as long as they are used."""
         tensor = self.tensor
-        return tensor.data_ptr(), tensor.shape, tensor.stride()
+        return tensor.data_ptr(), self.shape, tensor.stride()
 
 
 def is_torch(array: Any) -> bool:

@@ -63,6 +63,8 @@ class KVCache:
             raise TypeError(f"policy must be a SoftmaxPolicy or a ReLUPolicy, got {policy!r}")
         self._directory = storage_directory(storage, directory)
         self._layer: Any = None
+        self._shape: tuple[int, ...] = ()  # of the native layer, quicker to ask: a step asks often
+        self._dtype = arguments.Dtype.float32
         self._codes_values = _reads_value_codes(self.policy)
         self._settings, self._certifies = _native_settings(self.policy)
 
@@ -89,7 +91,7 @@ class KVCache:
     @property
     def kv_heads(self) -> int:
         """Key heads; 0 while nothing is cached."""
-        return 0 if self._layer is None else self._layer.kv_heads
+        return self._shape[1] if self._shape else 0
 
     @property
     def nbytes(self) -> int:
@@ -146,18 +148,20 @@ class KVCache:
                 self._directory,
             )
         else:
-            expected = (layer.batch, layer.kv_heads, layer.key_dim, layer.value_dim)
             found = (*k.shape[:2], k.shape[3], v.shape[3])
-            if found != expected:
+            if found != self._shape:
                 raise ValueError(
                     "keys and values must have (batch, kv_heads, head_dim, value_dim) = "
-                    f"{expected} like the cache, got {found}"
+                    f"{self._shape} like the cache, got {found}"
                 )
-            if int(k.dtype) != layer.dtype:
-                name = arguments.Dtype(layer.dtype).name
-                raise TypeError(f"keys must be {name} like the cache, got {k.dtype.name}")
+            if k.dtype is not self._dtype:
+                raise TypeError(
+                    f"keys must be {self._dtype.name} like the cache, got {k.dtype.name}"
+                )
         layer.append(k.native, v.native, keys_name, values_name)
-        self._layer = layer
+        if layer is not self._layer:
+            self._layer, self._dtype = layer, k.dtype
+            self._shape = (*k.shape[:2], k.shape[3], v.shape[3])
 
     def use_policy(self, policy: Policy) -> None:
         """Attend by another policy from now on; the tokens and their codes stay.
@@ -204,12 +208,13 @@ class KVCache:
                 f"batch_indices must lie in [0, {self._layer.batch}), got {rows.min()}..{rows.max()}"
             )
         self._layer.reorder(np.ascontiguousarray(rows, dtype=np.int64))
+        self._shape = (len(rows), *self._shape[1:])
 
     def rows(self) -> tuple[arguments.FloatArray, arguments.FloatArray]:
         """Return keys and values [batch, kv_heads, n, dim] as read-only views without a copy."""
         if self._layer is None:
             raise ValueError("the cache is empty")
-        dtype = arguments.Dtype(self._layer.dtype)
+        dtype = self._dtype
         views = self._layer.keys(), self._layer.values()
         for view in views:
             view.flags.writeable = False
@@ -250,9 +255,11 @@ class KVCache:
         return_certificate = arguments.flag("return_certificate", return_certificate)
         if self._layer is None:
             raise ValueError("the cache must hold keys before it can be attended to, got 0")
-        m, n = queries.shape[2], len(self) if tokens is None else tokens
-        if not 0 <= n <= len(self):
-            raise ValueError(f"tokens must lie in [0, {len(self)}], got {n}")
+        m, n = queries.shape[2], len(self._layer)
+        if tokens is not None:
+            if not 0 <= tokens <= n:
+                raise ValueError(f"tokens must lie in [0, {n}], got {tokens}")
+            n = tokens
         if m > n:
             raise ValueError(f"q must have at most {n} positions (cached tokens), got {m}")
         visible = None if tokens is None else np.arange(n - m + 1, n + 1, dtype=np.int64)
@@ -267,24 +274,21 @@ class KVCache:
         scale: float | None,
         mask: Any,
         certify: bool,
-        tokens: int | None = None,
+        n: int,
     ) -> tuple[Any, Certificate | None]:
-        layer = self._layer
-        n = len(self) if tokens is None else tokens
         batch, heads, m, dim = queries.shape
-        if batch != layer.batch:
-            raise ValueError(f"q must have batch {layer.batch} like the keys, got {batch}")
-        if dim != layer.key_dim:
-            raise ValueError(f"q must have head_dim {layer.key_dim} like the keys, got {dim}")
-        if heads == 0 or heads % layer.kv_heads:
-            raise ValueError(
-                f"q must have a multiple of kv_heads = {layer.kv_heads} heads, got {heads}"
-            )
+        own_batch, kv_heads, key_dim, value_dim = self._shape
+        if batch != own_batch:
+            raise ValueError(f"q must have batch {own_batch} like the keys, got {batch}")
+        if dim != key_dim:
+            raise ValueError(f"q must have head_dim {key_dim} like the keys, got {dim}")
+        if heads == 0 or heads % kv_heads:
+            raise ValueError(f"q must have a multiple of kv_heads = {kv_heads} heads, got {heads}")
         scale = arguments.scale(scale, dim)
         seen = None if mask is None else self._key_mask(mask, batch, m, n)
-        rows = (batch, heads, m, layer.value_dim)
+        rows = (batch, heads, m, value_dim)
         out, address, rounds = arguments.place_for(q, queries.dtype, rows)
-        found = layer.attend(
+        found = self._layer.attend(
             queries.native,
             queries.dtype,
             address,
@@ -326,7 +330,7 @@ class KVCache:
         shape = queries.shape[:3]
         if callable(rule):
             key_rms = self._layer.key_rms()
-            group = shape[1] // self._layer.kv_heads
+            group = shape[1] // self.kv_heads
             n_seen = keys_seen(n, shape[2], visible, mask)
             rule = rule(queries.to_float32(), np.repeat(key_rms, group, axis=1), n_seen, scale)
         return arguments.attention_thresholds(rule, shape)

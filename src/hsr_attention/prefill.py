@@ -32,4 +32,4 @@ def attend_once(
     cache = KVCache(policy)
     cache._append(k, v, "k", "v")
     visible = np.minimum(np.arange(1, m + 1), n) if is_causal else np.full(m, n)
-    return cache._attend(q, queries, visible.astype(np.int64), scale, mask, certify)
+    return cache._attend(q, queries, visible.astype(np.int64), scale, mask, certify, len(cache))

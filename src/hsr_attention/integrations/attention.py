@@ -95,11 +95,12 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
             "hsr attention does not compute attention weights, got output_attentions=True; use "
             "attn_implementation='eager'"
         )
-    for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"hsr attention does not support {what}, got the argument {name!r}")
     for name, argument in kwargs.items():
-        if isinstance(argument, torch.Tensor) and name not in _HARMLESS:
+        if argument is None or name in _HARMLESS:
+            continue
+        if what := _REFUSED.get(name):
+            raise ValueError(f"hsr attention does not support {what}, got the argument {name!r}")
+        if isinstance(argument, torch.Tensor):
             raise ValueError(f"hsr attention does not know the argument {name!r}, got a tensor")
 
 
@@ -150,7 +151,7 @@ def _cached(
     causal: bool,
 ) -> torch.Tensor:
     layer = key.layer
-    n = len(layer.rows)
+    n = layer.tokens
     if key.tokens != n or not isinstance(value, CachedRows) or value.layer is not layer:
         raise ValueError(
             "keys and values must come from the newest update of one HSRCache, got keys of "

@@ -151,17 +151,19 @@ class HSRCache(Cache):
                 f"the cache was made for a model of {len(self.layers)} layers, got layer_idx "
                 f"{layer_idx}; make it from the config of the model that uses it"
             )
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
-        if isinstance(layer, HSRLayer) and layer_idx != self._first:
-            found, expected = layer.get_seq_length(), self.get_seq_length(self._first)
+        if not isinstance(layer, HSRLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        rows = layer.update(key_states, value_states)
+        if layer_idx != self._first:
+            found, expected = layer.tokens, self.get_seq_length(self._first)
             if found != expected:
                 raise ValueError(
                     f"all layers of a cache must hold the same tokens, got {found} in layer "
                     f"{layer_idx} and {expected} in layer {self._first}; an earlier call failed "
                     "half-way or another model uses this cache: make a new one or call reset()"
                 )
-        return keys, values
+        return rows
 
 
 def default_policy(config: Any) -> Policy:

@@ -54,11 +54,11 @@ class CachedRows(torch.Tensor):
     @classmethod
     def of(cls, layer: HSRLayer, new: torch.Tensor, is_fresh: bool) -> CachedRows:
         """Stand for all rows of ``layer``: ``new`` are the newest or, fresh, the only ones."""
-        shape = (*new.shape[:2], len(layer.rows), new.shape[3])
-        rows = _point(new.dtype).expand(shape).as_subclass(cls)
+        batch, heads, new_tokens, dim = new.shape
+        rows = _point(new.dtype).expand(batch, heads, layer.tokens, dim).as_subclass(cls)
         rows.layer = layer
-        rows.tokens = shape[2]
-        rows.new_tokens = new.shape[2]
+        rows.tokens = layer.tokens
+        rows.new_tokens = new_tokens
         rows.fresh = new if is_fresh else None
         return rows
 
@@ -188,11 +188,11 @@ class HSRLayer(CacheLayerMixin):
         self._certificates: list[Certificate] | None = [] if collect else None
         self._value_max = 0.0
         self.batch_rows = 0
-        # Inside torch.compile: what stands for this layer, and its tokens as Python counts them.
+        # Inside torch.compile: what stands for this layer.
         self._compiled = CompiledLayer(self)
         self._state = self._compiled.state
         self._numbers = self._state.numpy()  # the same memory, quicker to write
-        self._tokens = 0
+        self._tokens = 0  # as Python counts them
 
     def __repr__(self) -> str:
         """Return the policy and the length."""
@@ -205,6 +205,11 @@ class HSRLayer(CacheLayerMixin):
         if len(self.rows):
             copy.update(*self.tensors())
         return copy
+
+    @property
+    def tokens(self) -> int:
+        """The number of cached tokens."""
+        return self._tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Note dtype and device of the first tokens; memory is taken as tokens come."""
@@ -233,9 +238,9 @@ class HSRLayer(CacheLayerMixin):
             torch_ops.append(self._state, key_states, value_states)
             self._tokens += key_states.shape[2]
             return self._state, value_states
-        is_fresh = len(self.rows) == 0
         self.append(key_states, value_states)
         self._count()
+        is_fresh = self.tokens == key_states.shape[2]
         keys = CachedRows.of(self, key_states, is_fresh)
         if not is_fresh and value_states.shape == key_states.shape:  # nothing tells them apart
             return keys, keys
@@ -251,9 +256,8 @@ class HSRLayer(CacheLayerMixin):
             self._value_max = max(self._value_max, float(values.detach().abs().max()))
 
     def _count(self) -> None:
-        """Tell compiled code what eager code did to the rows."""
-        self._tokens = len(self.rows)
-        self._numbers[1] = self._tokens
+        """Tell compiled code, too, what eager code did to the rows."""
+        self._tokens = self._numbers[1] = len(self.rows)
 
     def use_policy(self, policy: Policy) -> None:
         """Attend by another policy from now on, and forget the statistics of the old one."""
@@ -342,7 +346,7 @@ class HSRLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Return the number of cached tokens."""
-        return self._tokens if torch.compiler.is_compiling() else len(self.rows)
+        return self.tokens
 
     def get_max_length(self) -> int:
         """Return -1: no limit."""
