@@ -165,3 +165,25 @@ def test_the_gil_is_released():
     other.join()
     inside = [t for t in ticks if start < t < end]
     assert len(inside) >= 3, f"{len(inside)} ticks in {end - start:.3f} s"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_query_that_cannot_be_prepared_ends_the_call_and_nobody_waits_for_it(threads):
+    rng = np.random.default_rng(0)
+    keys, values = rng.standard_normal((2, 1, 8, 3000, 32), dtype=np.float32)
+    keys[0, 5, 100] *= 1e20
+    cache = hsr.KVCache()
+    cache.append(keys, values)
+    before = _native.num_threads()
+    _native.set_num_threads(threads)
+    try:
+        q = rng.standard_normal((1, 8, 1, 32), dtype=np.float32)
+        expected = cache.attend(q)
+        q[0, 5] *= 1e20
+        for _ in range(20):
+            with pytest.raises(ValueError, match=r"must be below 1e30, got [0-9.]+e\+4"):
+                cache.attend(q)
+        q[0, 5] /= 1e20
+        np.testing.assert_allclose(cache.attend(q), expected, rtol=1e-5, atol=1e-5)
+    finally:
+        _native.set_num_threads(before)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -100,8 +101,11 @@ void Attend::prepare(Tile& tile, int q) const {
     queries_.queries.read(tile.row, tile.head[q], tile.query[q], tile.vector[q]);
     tile.norm[q] = norm_of(tile.vector[q], cache_.key_dim());
     const double top_logit = settings_.scale * tile.norm[q] * (longest + sketch.largest_norm() + sketch.centre_norm());
-    if (!(top_logit < 1e30))
-        throw std::invalid_argument("scale * |q| * |k| must be below 1e30, got " + std::to_string(top_logit));
+    if (!(top_logit < 1e30)) {
+        char found[32];
+        std::snprintf(found, sizeof found, "%.3g", top_logit);
+        throw std::invalid_argument(std::string("scale * |q| * |k| must be below 1e30, got ") + found);
+    }
     tile.prepared[q].prepare(sketch, tile.vector[q], tile.norm[q], settings_.scale, true);
     tile.coded[q] = tile.prepared[q].coded;
     // A float32 logit: dim / 32 + 8 roundings along its chain, of terms no larger than |q| |k|.
