@@ -66,14 +66,14 @@ struct Phase {
 };
 
 struct Job {
-    const std::function<void(size_t, size_t)>* body;
+    const PhaseTask* body;
     size_t shares;
     std::vector<Phase> phases;
     std::atomic<bool> failed{false};
     std::exception_ptr error;
     std::mutex error_mutex;
 
-    Job(const std::function<void(size_t, size_t)>& function, const std::vector<size_t>& tasks, size_t threads)
+    Job(const PhaseTask& function, const std::vector<size_t>& tasks, size_t threads)
         : body(&function), shares(std::max<size_t>(1, std::min(threads, kMaxShares))), phases(tasks.size()) {
         for (size_t p = 0; p < tasks.size(); ++p)
             for (size_t s = 0; s < shares; ++s) {
@@ -89,7 +89,7 @@ struct Job {
                 Phase::Share& from = phases[p].share[(first + i) % shares];
                 for (size_t task; (task = from.next++) < from.end;) {
                     try {
-                        (*body)(p, task);
+                        (*body)(p, task, failed);
                     } catch (...) {
                         std::lock_guard<std::mutex> lock(error_mutex);
                         if (!failed.exchange(true)) error = std::current_exception();
@@ -184,7 +184,7 @@ bool uses_openmp() { return gomp.load() != nullptr; }
 
 namespace {
 
-void run(const std::vector<size_t>& tasks, int threads, const std::function<void(size_t, size_t)>& body) {
+void run(const std::vector<size_t>& tasks, int threads, const PhaseTask& body) {
     const size_t most = tasks.empty() ? 0 : *std::max_element(tasks.begin(), tasks.end());
     const int wanted = int(std::min<size_t>(most, size_t(std::min(threads, num_threads()))));
     Job job(body, tasks, size_t(wanted));
@@ -213,12 +213,10 @@ void run(const std::vector<size_t>& tasks, int threads, const std::function<void
 }  // namespace
 
 void parallel_for(size_t tasks, int threads, const std::function<void(size_t)>& body) {
-    run({tasks}, threads, [&](size_t, size_t task) { body(task); });
+    run({tasks}, threads, [&](size_t, size_t task, const std::atomic<bool>&) { body(task); });
 }
 
-void parallel_phases(const std::vector<size_t>& tasks, const std::function<void(size_t, size_t)>& body) {
-    run(tasks, num_threads(), body);
-}
+void parallel_phases(const std::vector<size_t>& tasks, const PhaseTask& body) { run(tasks, num_threads(), body); }
 
 bool Progress::wait_for(int stage, const std::atomic<bool>& failed) const {
     constexpr int kSpins = 4096;  // then others may need this core to get there

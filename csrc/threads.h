@@ -29,8 +29,10 @@ inline void parallel_for(size_t tasks, const std::function<void(size_t task)>& b
 
 // Loops one after another, without a wait between them: calls body(phase, task) for every task in [0, tasks[phase]). A
 // thread goes on to the next phase once no task is left to take, while others may still be at their last ones. So a
-// task may wait for tasks of earlier phases, and for no others. Exceptions as above.
-void parallel_phases(const std::vector<size_t>& tasks, const std::function<void(size_t phase, size_t task)>& body);
+// task may wait for tasks of earlier phases, and for no others. Exceptions as above; `failed` is true once there is
+// one.
+using PhaseTask = std::function<void(size_t phase, size_t task, const std::atomic<bool>& failed)>;
+void parallel_phases(const std::vector<size_t>& tasks, const PhaseTask& body);
 
 // How far something came that tasks wait for: numbers that only grow.
 class Progress {

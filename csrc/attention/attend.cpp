@@ -152,7 +152,6 @@ void Attend::run_wave() {
     const size_t tiles = tiles_.size(), chunks = chunks_of_wave_.size();
     std::vector<Progress> progress(tiles);
     std::vector<std::atomic<size_t>> to_scan(tiles), to_select(tiles);
-    std::atomic<bool> failed{false};
     const auto reopen = [&](std::vector<std::atomic<size_t>>& open) {
         for (size_t t = 0; t < tiles; ++t) open[t] = tiles_[t].chunks;
     };
@@ -161,6 +160,7 @@ void Attend::run_wave() {
         Tile& tile = tiles_[t];
         prepare(tile);
         if (tile.fused || tile.chunks == 0) choose(tile);
+        if (tile.chunks == 0) finish(tile);  // all keys are read in full: nothing to select again
         progress[t].reach(tile.fused ? chosen : prepared);
     };
     const auto select = [&](size_t t, size_t chunk) {
@@ -177,16 +177,11 @@ void Attend::run_wave() {
     reopen(to_scan);
     reopen(to_select);
     space_->candidates.resize(collects() ? chunks * kTile : 0);
-    parallel_phases({tiles, chunks, chunks}, [&](size_t phase, size_t task) {
-        try {
-            if (phase == preparing) return prepare_tile(task);
-            const auto [t, chunk] = chunks_of_wave_[task];
-            if (phase == scanning && progress[t].wait_for(prepared, failed)) scan(t, chunk);
-            if (phase == selecting && progress[t].wait_for(chosen, failed) && !tiles_[t].fused) select(t, chunk);
-        } catch (...) {
-            failed = true;
-            throw;
-        }
+    parallel_phases({tiles, chunks, chunks}, [&](size_t phase, size_t task, const std::atomic<bool>& failed) {
+        if (phase == preparing) return prepare_tile(task);
+        const auto [t, chunk] = chunks_of_wave_[task];
+        if (phase == scanning && progress[t].wait_for(prepared, failed)) scan(t, chunk);
+        if (phase == selecting && progress[t].wait_for(chosen, failed) && !tiles_[t].fused) select(t, chunk);
     });
     std::vector<size_t> again;  // tiles
     const auto list_again = [&] {
@@ -195,12 +190,8 @@ void Attend::run_wave() {
             if (tiles_[t].again) again.push_back(t);
         work_.selected_again += int64_t(again.size());
     };
-    for (Tile& tile : tiles_)
-        if (tile.chunks == 0) tile.again = !finish(tile);
     for (list_again(); !again.empty(); list_again()) {
         reopen(to_select);
-        for (const size_t t : again)
-            if (tiles_[t].chunks == 0) tiles_[t].again = !finish(tiles_[t]);
         parallel_for(chunks, [&](size_t i) {
             const auto [t, chunk] = chunks_of_wave_[i];
             if (std::binary_search(again.begin(), again.end(), t)) select(t, chunk);

@@ -162,7 +162,7 @@ struct Kernels {
                       size_t stride, float* maxima, double* masses);
     // The same blocks, at most 128 and with finite bands: references[q] is their largest upper bound, and
     // block_masses[q * mass_stride + block] the sum of exp(upper - reference) over the keys of a block, from above by
-    // at most 6.2 %; written up to a multiple of 16 blocks. sampled[i * kTile + q]: the sum of exp(estimate -
+    // at most 6.2 %; written up to a multiple of 8 blocks. sampled[i * kTile + q]: the sum of exp(estimate -
     // reference) over block i * kMassBlocks + kWeighedBlock.
     void (*scan_blocks)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
                         float* references, float* block_masses, size_t mass_stride, float* sampled);

@@ -342,6 +342,14 @@ struct ScanBands {
     }
 };
 
+void scale(float* x, size_t count, float factor) {
+    size_t i = 0;
+    for (; i + 16 <= count; i += 16) store(x + i, load<f32x16>(x + i) * factor);
+    for (; i < count; ++i) x[i] *= factor;
+}
+
+inline float exp_of_one(float x) { return max_of_lanes(exp_of(splat(x))); }
+
 // As flash attention keeps its running maximum: weights are relative to a logit that was seen. Another one takes its
 // place, and what was added up is scaled, only when it leads by so much that a weight might not fit float32.
 constexpr float kHeadroom = 40.0f;  // nats; CoarseExp bears 80
@@ -377,7 +385,7 @@ template <int Count, int Pairs>
             for (int q = 0; q < Count; ++q) {
                 const float highest = max_of_lanes(top[q]);
                 if (!(highest > reference[q] + kHeadroom)) continue;
-                sum[q] *= max_of_lanes(exp_of(splat(reference[q] - highest)));
+                sum[q] *= exp_of_one(reference[q] - highest);
                 weight_of[q] = CoarseExp(reference[q] = highest);
                 again = true;
             }
@@ -386,7 +394,7 @@ template <int Count, int Pairs>
     }
     for (int q = 0; q < Count; ++q) {
         maxima[q] = max_of_lanes(top[q]);
-        masses[q] = double(sum_of(sum[q])) * double(max_of_lanes(exp_of(splat(reference[q] - maxima[q]))));
+        masses[q] = double(sum_of(sum[q])) * double(exp_of_one(reference[q] - maxima[q]));
     }
 }
 
@@ -430,9 +438,8 @@ template <int Count, int Pairs>
     // What lies before block `before` becomes relative to the largest upper bound.
     const auto refer_to_top = [&](int q, size_t before) {
         const float to = UpperWeight::logit(max_of_lanes(top[q]), reference[q]);
-        const float factor = max_of_lanes(exp_of(splat(reference[q] - to)));
-        float* own = block_masses + q * mass_stride;
-        for (size_t i = 0; i < before; i += 16) store(own + i, load<f32x16>(own + i) * factor);
+        const float factor = exp_of_one(reference[q] - to);
+        scale(block_masses + q * mass_stride, before, factor);
         for (size_t i = 0; i < before; i += kMassBlocks) sampled[i / kMassBlocks * kTile + q] *= factor;
         reference[q] = to;
         weight_of[q] = UpperWeight(queries[q], scanned.own[q], to);
@@ -544,12 +551,6 @@ void exp_into(const float* x, size_t count, float reference, float* out) {
         rest = exp_of(rest - reference);
         __builtin_memcpy(out + i, &rest, (count - i) * 4);
     }
-}
-
-void scale(float* x, size_t count, float factor) {
-    size_t i = 0;
-    for (; i + 16 <= count; i += 16) store(x + i, load<f32x16>(x + i) * factor);
-    for (; i < count; ++i) x[i] *= factor;
 }
 
 double sum_below(const float* x, size_t count, float limit) {

@@ -76,7 +76,7 @@ def attend_cached(
     ``fresh`` are the keys and values of all tokens, if they have just come in one piece; with
     ``tokens`` the layer is read as if it held only that many.
     """
-    n, m = layer.tokens if tokens is None else tokens, query.shape[2]
+    n, m = layer.get_seq_length() if tokens is None else tokens, query.shape[2]
     sees_newer = m > 1 and (not causal if mask is None else _sees_newer(mask, m))
     if isinstance(layer.policy, ReLUPolicy):
         if sees_newer:

@@ -151,7 +151,7 @@ def _cached(
     causal: bool,
 ) -> torch.Tensor:
     layer = key.layer
-    n = layer.tokens
+    n = layer.get_seq_length()
     if key.tokens != n or not isinstance(value, CachedRows) or value.layer is not layer:
         raise ValueError(
             "keys and values must come from the newest update of one HSRCache, got keys of "

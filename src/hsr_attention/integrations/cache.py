@@ -156,7 +156,7 @@ class HSRCache(Cache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         rows = layer.update(key_states, value_states)
         if layer_idx != self._first:
-            found, expected = layer.tokens, self.get_seq_length(self._first)
+            found, expected = layer.get_seq_length(), self.get_seq_length(self._first)
             if found != expected:
                 raise ValueError(
                     f"all layers of a cache must hold the same tokens, got {found} in layer "

@@ -55,9 +55,10 @@ class CachedRows(torch.Tensor):
     def of(cls, layer: HSRLayer, new: torch.Tensor, is_fresh: bool) -> CachedRows:
         """Stand for all rows of ``layer``: ``new`` are the newest or, fresh, the only ones."""
         batch, heads, new_tokens, dim = new.shape
-        rows = _point(new.dtype).expand(batch, heads, layer.tokens, dim).as_subclass(cls)
+        tokens = layer.get_seq_length()
+        rows = _point(new.dtype).expand(batch, heads, tokens, dim).as_subclass(cls)
         rows.layer = layer
-        rows.tokens = layer.tokens
+        rows.tokens = tokens
         rows.new_tokens = new_tokens
         rows.fresh = new if is_fresh else None
         return rows
@@ -206,11 +207,6 @@ class HSRLayer(CacheLayerMixin):
             copy.update(*self.tensors())
         return copy
 
-    @property
-    def tokens(self) -> int:
-        """The number of cached tokens."""
-        return self._tokens
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Note dtype and device of the first tokens; memory is taken as tokens come."""
         for name, states in (("keys", key_states), ("values", value_states)):
@@ -240,7 +236,7 @@ class HSRLayer(CacheLayerMixin):
             return self._state, value_states
         self.append(key_states, value_states)
         self._count()
-        is_fresh = self.tokens == key_states.shape[2]
+        is_fresh = self._tokens == key_states.shape[2]
         keys = CachedRows.of(self, key_states, is_fresh)
         if not is_fresh and value_states.shape == key_states.shape:  # nothing tells them apart
             return keys, keys
@@ -346,7 +342,7 @@ class HSRLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Return the number of cached tokens."""
-        return self.tokens
+        return self._tokens
 
     def get_max_length(self) -> int:
         """Return -1: no limit."""
