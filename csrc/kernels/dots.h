@@ -12,6 +12,21 @@ constexpr int kPartsTogether = 2;
 #else
 constexpr int kPartsTogether = 1;
 #endif
+using Together = Vector<float, kPartLanes * kPartsTogether>;
+template <class V>
+inline Floats added_up(const V& together) {
+    if constexpr (Shape<V>::pair)
+        return together.low + together.high;
+    else
+        return together;
+}
+template <class V, class Part>
+inline V of_parts(const Part& part) {
+    if constexpr (Shape<V>::pair)
+        return {part(0), part(1)};
+    else
+        return part(0);
+}
 
 inline int32_t four_digits(const int8_t* digits) {
     int32_t word;

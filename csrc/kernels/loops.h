@@ -224,7 +224,9 @@ struct ScanQuery {
           offset(7.5f * query.high_sum + float(starts.total())),
           factor(16.0f * query.unit),
           centre(query.centre) {}
-    Floats estimate(Floats step, Floats dot) const { return step * (factor * (dot - offset)) + centre; }
+    Together estimate(const Together& step, const Together& dot) const {
+        return step * (factor * (dot - offset)) + centre;
+    }
 };
 template <int Count>
 struct ScanQueries {
@@ -238,8 +240,9 @@ private:
         : own{ScanQuery(queries[I], dim)...} {}
 };
 
-// Estimates of `Blocks` neighbouring blocks of one tile, a register of keys at a time:
-// take(block, part, query, step, residual, dot). `Pairs` of dimensions by fours, or 0: as many as `dim` says.
+// Estimates of `Blocks` neighbouring blocks of one tile, as many registers of keys as stand together at a time, `part`
+// the first: take(block, part, query, step, residual, dot). `Pairs` of dimensions by fours, or 0: as many as `dim`
+// says.
 template <int Count, int Blocks, int Pairs, class Take>
 inline void score_together(const uint8_t* high, int dim, size_t spacing, const ScanQuery* queries, const Take& take) {
     const int pairs = Pairs ? Pairs : (dim + 7) / 8;
@@ -271,11 +274,12 @@ inline void score_together(const uint8_t* high, int dim, size_t spacing, const S
         for (int k = 0; k < Blocks; ++k) {
             const uint8_t* steps = high + k * apart + bytes;
             if (part == 0) __builtin_prefetch(steps + kBytesAhead);
-            for (int i = 0; i < kPartsTogether; ++i) {
-                const Floats step = part_of_bfloat16(steps, part + i),
-                             residual = part_of_bfloat16(steps + 32, part + i);
-                for (int q = 0; q < Count; ++q)
-                    take(k, part + i, q, step, residual, convert<Floats>(sum[k * kPartsTogether + i][q].total()));
+            const Together step = load_bfloat16<Together>(steps + 2 * kPartLanes * part),
+                           residual = load_bfloat16<Together>(steps + 32 + 2 * kPartLanes * part);
+            for (int q = 0; q < Count; ++q) {
+                const Together dot =
+                    of_parts<Together>([&](int i) { return convert<Floats>(sum[k * kPartsTogether + i][q].total()); });
+                take(k, part, q, step, residual, dot);
             }
         }
     }
@@ -310,11 +314,11 @@ template <int Count, int Pairs>
 [[gnu::noinline]] void scan_tile(const uint8_t* high, int dim, size_t blocks, size_t spacing, const CodedQuery* queries,
                                  float* estimates, size_t stride, float* maxima) {
     const ScanQueries<Count> scanned(queries, dim);
-    Floats top[Count];
-    for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(maxima[q]);
+    Together top[Count];
+    for (int q = 0; q < Count; ++q) top[q] = splat_to<Together>(maxima[q]);
     score_blocks<Count, Pairs>(high, dim, blocks, spacing, scanned.own,
-                               [&](size_t block, int part, int q, Floats step, Floats, Floats dot) {
-                                   const Floats estimate = scanned.own[q].estimate(step, dot);
+                               [&](size_t block, int part, int q, Together step, Together, Together dot) {
+                                   const Together estimate = scanned.own[q].estimate(step, dot);
                                    top[q] = max_of(top[q], estimate);
                                    store(estimates + q * stride + block * 16 + part * kPartLanes, estimate);
                                });
@@ -332,7 +336,9 @@ void scan(const uint8_t* high, int dim, size_t blocks, size_t spacing, const Cod
 // What makes upper bounds of estimates, away from memory that might be what is written to.
 struct ScanBand {
     float slope, slope_step, slack;
-    Floats operator()(Floats step, Floats residual) const { return slope * residual + slope_step * step + slack; }
+    Together operator()(const Together& step, const Together& residual) const {
+        return slope * residual + slope_step * step + slack;
+    }
 };
 template <int Count>
 struct ScanBands {
@@ -362,25 +368,27 @@ template <int Count, int Pairs>
     const ScanBands<Count> bands(queries);
     CoarseExp weight_of[Count];
     float reference[Count];
-    Floats top[Count], sum[Count];
-    for (int q = 0; q < Count; ++q) top[q] = splat_to<Floats>(-3.0e38f), sum[q] = Floats{};
-    score_blocks<Count, Pairs>(high, dim, 1, 1, scanned.own, [&](size_t, int, int q, Floats step, Floats, Floats dot) {
-        top[q] = max_of(top[q], scanned.own[q].estimate(step, dot));
-    });
+    Together top[Count], sum[Count];
+    for (int q = 0; q < Count; ++q) top[q] = splat_to<Together>(-3.0e38f), sum[q] = Together{};
+    score_blocks<Count, Pairs>(high, dim, 1, 1, scanned.own,
+                               [&](size_t, int, int q, Together step, Together, Together dot) {
+                                   top[q] = max_of(top[q], scanned.own[q].estimate(step, dot));
+                               });
     for (int q = 0; q < Count; ++q) weight_of[q] = CoarseExp(reference[q] = max_of_lanes(top[q]));
     for (size_t first = 0; first < blocks; first += kMassBlocks) {
         const size_t count = blocks - first < kMassBlocks ? blocks - first : kMassBlocks;
-        Floats here[Count];
+        Together here[Count];
         for (bool again = true; again;) {
-            for (Floats& mass : here) mass = Floats{};
-            score_blocks<Count, Pairs>(high + first * bytes, dim, count, 1, scanned.own,
-                                       [&](size_t block, int part, int q, Floats step, Floats residual, Floats dot) {
-                                           const Floats estimate = scanned.own[q].estimate(step, dot);
-                                           top[q] = max_of(top[q], estimate);
-                                           here[q] += weight_of[q](estimate);
-                                           store(uppers + q * stride + (first + block) * 16 + part * kPartLanes,
-                                                 estimate + bands.own[q](step, residual));
-                                       });
+            for (Together& mass : here) mass = Together{};
+            score_blocks<Count, Pairs>(
+                high + first * bytes, dim, count, 1, scanned.own,
+                [&](size_t block, int part, int q, Together step, Together residual, Together dot) {
+                    const Together estimate = scanned.own[q].estimate(step, dot);
+                    top[q] = max_of(top[q], estimate);
+                    here[q] += weight_of[q](estimate);
+                    store(uppers + q * stride + (first + block) * 16 + part * kPartLanes,
+                          estimate + bands.own[q](step, residual));
+                });
             again = false;
             for (int q = 0; q < Count; ++q) {
                 const float highest = max_of_lanes(top[q]);
@@ -411,6 +419,7 @@ void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* qu
 // four numbers and three sums, no larger than those of estimates and of CoarseExp.
 struct UpperWeight {
     static constexpr float kOne = 127.0f * 8388608.0f;  // of weight 1
+    static constexpr float kMost = kOne + kHeadroom * CoarseExp::kPerNat;
     float factor, offset, slope, start;
     UpperWeight() = default;
     UpperWeight(const CodedQuery& query, const ScanQuery& scanned, float reference) {
@@ -420,7 +429,7 @@ struct UpperWeight {
         slope = float(per_nat * double(query.slope4));
         start = float(CoarseExp::start_at(double(reference)) + per_nat * (double(query.centre) + double(query.slack)));
     }
-    Floats bits(Floats step, Floats residual, Floats dot) const {
+    Together bits(const Together& step, const Together& residual, const Together& dot) const {
         return step * (factor * dot + offset) + (slope * residual + start);
     }
     static float logit(float bits, float reference) { return reference + (bits - kOne) / CoarseExp::kPerNat; }
@@ -434,7 +443,7 @@ template <int Count, int Pairs>
     UpperWeight weight_of[Count];
     ScanBand band_of[Count];  // in bits
     float reference[Count];
-    Floats top[Count];
+    Together top[Count];
     // What lies before block `before` becomes relative to the largest upper bound.
     const auto refer_to_top = [&](int q, size_t before) {
         const float to = UpperWeight::logit(max_of_lanes(top[q]), reference[q]);
@@ -443,17 +452,17 @@ template <int Count, int Pairs>
         for (size_t i = 0; i < before; i += kMassBlocks) sampled[i / kMassBlocks * kTile + q] *= factor;
         reference[q] = to;
         weight_of[q] = UpperWeight(queries[q], scanned.own[q], to);
-        top[q] = splat_to<Floats>(UpperWeight::kOne);
+        top[q] = splat_to<Together>(UpperWeight::kOne);
     };
     for (int q = 0; q < Count; ++q) {
         reference[q] = queries[q].centre;
         weight_of[q] = UpperWeight(queries[q], scanned.own[q], reference[q]);
         const float per_nat = CoarseExp::kPerNat;
         band_of[q] = {per_nat * queries[q].slope4, per_nat * queries[q].slope4_step, per_nat * queries[q].slack};
-        top[q] = splat_to<Floats>(-3.0e38f);
+        top[q] = splat_to<Together>(-3.0e38f);
     }
     score_blocks<Count, Pairs>(high, dim, 1, 1, scanned.own,
-                               [&](size_t, int, int q, Floats step, Floats residual, Floats dot) {
+                               [&](size_t, int, int q, Together step, Together residual, Together dot) {
                                    top[q] = max_of(top[q], weight_of[q].bits(step, residual, dot));
                                });
     for (int q = 0; q < Count; ++q) refer_to_top(q, 0);
@@ -461,20 +470,29 @@ template <int Count, int Pairs>
         const size_t count = blocks - first < kMassBlocks ? blocks - first : kMassBlocks;
         Floats of_block[Count][kMassBlocks], of_sample[kTile];
         for (bool again = true; again;) {
-            for (auto& of_query : of_block)
-                for (Floats& mass : of_query) mass = Floats{};
+            if (kPartsTogether < kParts || count < kMassBlocks)
+                for (auto& of_query : of_block)
+                    for (Floats& mass : of_query) mass = Floats{};
             for (Floats& mass : of_sample) mass = Floats{};
             score_blocks<Count, Pairs>(high + first * bytes, dim, count, 1, scanned.own,
-                                       [&](size_t block, int, int q, Floats step, Floats residual, Floats dot) {
-                                           const Floats bits = weight_of[q].bits(step, residual, dot);
+                                       [&](size_t block, int, int q, Together step, Together residual, Together dot) {
+                                           const Together bits = weight_of[q].bits(step, residual, dot);
                                            top[q] = max_of(top[q], bits);
-                                           of_block[q][block] += CoarseExp::weight(bits);
+                                           const Floats mass = added_up(CoarseExp::weight(bits));
+                                           if constexpr (kPartsTogether < kParts)
+                                               of_block[q][block] += mass;
+                                           else
+                                               of_block[q][block] = mass;
                                            if (block == kWeighedBlock)
-                                               of_sample[q] += CoarseExp::weight(bits - band_of[q](step, residual));
+                                               of_sample[q] +=
+                                                   added_up(CoarseExp::weight(bits - band_of[q](step, residual)));
                                        });
             again = false;
+            Together highest = top[0];
+            for (int q = 1; q < Count; ++q) highest = max_of(highest, top[q]);
+            if (!mask_ge(highest, splat_to<Together>(UpperWeight::kMost))) break;
             for (int q = 0; q < Count; ++q) {
-                if (!(max_of_lanes(top[q]) > UpperWeight::kOne + kHeadroom * CoarseExp::kPerNat)) continue;
+                if (!(max_of_lanes(top[q]) >= UpperWeight::kMost)) continue;
                 refer_to_top(q, first);
                 again = true;
             }
@@ -507,12 +525,13 @@ template <int Count, int Pairs>
     float threshold[Count];
     for (int q = 0; q < Count; ++q) threshold[q] = thresholds[q];
     for (size_t i = 0; i < blocks * kTile; ++i) masks[i] = 0;
-    score_blocks<Count, Pairs>(
-        high, dim, blocks, 1, scanned.own,
-        [&](size_t block, int part, int q, Floats step, Floats residual, Floats dot) {
-            const Floats upper = scanned.own[q].estimate(step, dot) + bands.own[q](step, residual);
-            masks[block * kTile + q] |= uint16_t(mask_ge(upper, splat_to<Floats>(threshold[q])) << (part * kPartLanes));
-        });
+    score_blocks<Count, Pairs>(high, dim, blocks, 1, scanned.own,
+                               [&](size_t block, int part, int q, Together step, Together residual, Together dot) {
+                                   const Together upper =
+                                       scanned.own[q].estimate(step, dot) + bands.own[q](step, residual);
+                                   masks[block * kTile + q] |= uint16_t(mask_ge(upper, splat_to<Together>(threshold[q]))
+                                                                        << (part * kPartLanes));
+                               });
 }
 
 void scan_reach(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
