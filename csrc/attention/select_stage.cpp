@@ -86,9 +86,10 @@ void Attend::select_coded(const Tile& tile, size_t first, size_t count, const ui
     const KeySketch& keys = cache_.key_sketch(store_head(tile));
     const bool values = reads_value_codes();
     const Sums wanted = !certify() ? Sums::none : settings_.certify ? Sums::all : Sums::masses;
+    const size_t later = std::min(4 * kSelectBlocks, tile.blocks - first - count);
     kernels().select(keys.high(first), keys.low(first),
                      values ? cache_.value_sketch(store_head(tile)).parameters(first) : nullptr, cache_.key_dim(),
-                     cache_.value_dim(), count, uint32_t(first * kBlock), tile.coded, tile.count, tile.selection,
+                     cache_.value_dim(), count, later, uint32_t(first * kBlock), tile.coded, tile.count, tile.selection,
                      wanted, tile.uppers + first * kBlock, tile.stride,
                      tile.by_block ? tile.block_masses + first : nullptr, tile.mass_stride, reaching, &kept, &sums);
 }

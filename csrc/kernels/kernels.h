@@ -195,11 +195,13 @@ struct Kernels {
     // when block_masses are given, the blocks whose upper mass is not below `mass_from`; a block in doubt for one query
     // is refined for all. Reading the second plane of a block costs the same for one key as for all, so what counts is
     // what the block may weigh. `reaching` are the masks of `scan_reach`, if that was the scan. `value_parameters` is
-    // null when everything kept is read at full precision.
+    // null when everything kept is read at full precision. `later`: blocks behind these whose masses are known too, so
+    // that the first of them in doubt can be asked for.
     void (*select)(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
-                   size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
-                   Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
-                   const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums);
+                   size_t blocks, size_t later, uint32_t first_key, const CodedQuery* queries, int count,
+                   const Selection* selection, Sums wanted, const float* uppers, size_t stride,
+                   const float* block_masses, size_t mass_stride, const uint16_t* reaching, KeptKeys* kept,
+                   SelectionSums* sums);
     // accumulators[q][groups * 32] += scaled * code over the kept keys
     void (*accumulate_codes)(const uint8_t* rows, int dim, const KeptKeys* kept, int count, float* accumulators);
     // out[i] = estimates[i] + sign * band, for the keys of `blocks` blocks; the band is that of 4 bits, or

@@ -97,7 +97,7 @@ void refine_listed(const uint8_t* high, const uint8_t* low, int dim, const uint3
 constexpr int kRefineBlocks = kParts == 1 ? 2 : 1;
 constexpr size_t kBlocksAhead = 6;  // the codes of blocks in doubt lie scattered: they are asked for in time
 
-// Blocks with a key in doubt, by their order; behind the last one it is repeated.
+// Blocks with a key in doubt, by their order; behind the last one those of later calls, or it is repeated.
 template <int Count>
 struct Doubtful {
     size_t count = 0;
@@ -117,9 +117,10 @@ struct Doubtful {
 // By the upper masses of whole blocks, the bounds of single keys, or masks of keys known to reach the threshold. The
 // mass of the rest, from above, is added to omitted[Count].
 template <int Count, Sums Wanted>
-inline void find_doubtful(size_t blocks, const Selection* selection, const float* uppers, size_t stride,
+inline void find_doubtful(size_t blocks, size_t later, const Selection* selection, const float* uppers, size_t stride,
                           const float* block_masses, size_t mass_stride, const uint16_t* reaching,
                           Doubtful<Count>& found, f32x16* omitted) {
+    size_t listed = 0;
     if (block_masses) {
         uint64_t all = 0, heavy[Count] = {};
         for (int q = 0; q < Count; ++q) {
@@ -137,6 +138,17 @@ inline void find_doubtful(size_t blocks, const Selection* selection, const float
             const int block = __builtin_ctzll(all);
             for (int q = 0; q < Count; ++q) found.doubts[found.count][q] = uint16_t(-(heavy[q] >> block & 1));
             found.add(size_t(block), true);
+        }
+        listed = found.count;
+        for (size_t at = blocks; at < blocks + later && listed < found.count + kBlocksAhead + 2; at += 16) {
+            const size_t left = blocks + later - at;
+            uint32_t reach = 0;
+            for (int q = 0; q < Count; ++q)
+                reach |=
+                    mask_not_less(load<f32x16>(block_masses + q * mass_stride + at), splat(selection[q].mass_from));
+            if (left < 16) reach &= (1u << left) - 1;
+            for (; reach && listed < found.count + kBlocksAhead + 2; reach &= reach - 1)
+                found.block[listed++] = uint16_t(at + size_t(__builtin_ctz(reach)));
         }
     } else if (reaching) {
         for (size_t block = 0; block < blocks; ++block, reaching += kTile) {
@@ -159,8 +171,9 @@ inline void find_doubtful(size_t blocks, const Selection* selection, const float
             found.add(block, any != 0);
         }
     }
-    const uint16_t last = found.count ? found.block[found.count - 1] : uint16_t(0);
-    for (size_t i = 0; i < kBlocksAhead + 2; ++i) found.block[found.count + i] = last;
+    if (listed < found.count) listed = found.count;
+    const uint16_t last = listed ? found.block[listed - 1] : uint16_t(0);
+    while (listed < found.count + kBlocksAhead + 2) found.block[listed++] = last;
 }
 
 // What a pass over weights adds up for one query.
@@ -215,7 +228,7 @@ inline void weigh_doubtful(const uint8_t* high, const uint8_t* low, size_t bytes
 
 template <int Count, Sums Wanted>
 inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim,
-                        int value_dim, size_t blocks, uint32_t first_key, const CodedQuery* queries,
+                        int value_dim, size_t blocks, size_t later, uint32_t first_key, const CodedQuery* queries,
                         const Selection* selection, const float* uppers, size_t stride, const float* block_masses,
                         size_t mass_stride, const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
     constexpr int kMaxGroups = kMaxHeadDim / kValueGroup;
@@ -224,7 +237,7 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
     const i32x16 lane = lane_numbers();
     f32x16 omitted[Count] = {};
     Doubtful<Count> found;
-    find_doubtful<Count, Wanted>(blocks, selection, uppers, stride, block_masses, mass_stride, reaching, found,
+    find_doubtful<Count, Wanted>(blocks, later, selection, uppers, stride, block_masses, mass_stride, reaching, found,
                                  omitted);
     const DigitRows<Count> rows(queries);
     for (size_t f = 0; f < found.count; f += kRefineBlocks) {
@@ -232,14 +245,14 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
         for (int k = 0; k < kRefineBlocks; ++k) {
             h[k] = high + found.block[f + k] * (bytes + 64);
             l[k] = low + found.block[f + k] * (bytes + 32);
-            const size_t later = found.block[f + kBlocksAhead + k];
+            const size_t ahead = found.block[f + kBlocksAhead + k];
             for (size_t line = 0; line < bytes + 64; line += 64) {
-                __builtin_prefetch(high + later * (bytes + 64) + line);
-                __builtin_prefetch(low + later * (bytes + 32) + line);
+                __builtin_prefetch(high + ahead * (bytes + 64) + line);
+                __builtin_prefetch(low + ahead * (bytes + 32) + line);
             }
             if (value_parameters)
                 for (int g = 0; g < groups; ++g)
-                    __builtin_prefetch(value_parameters + (later * size_t(groups) + size_t(g)) * 64);
+                    __builtin_prefetch(value_parameters + (ahead * size_t(groups) + size_t(g)) * 64);
         }
         if constexpr (kRefineBlocks == 1) {
             int which[kTile] = {}, some = 0;
@@ -312,14 +325,14 @@ inline void select_tile(const uint8_t* high, const uint8_t* low, const uint8_t* 
 }
 
 void select(const uint8_t* high, const uint8_t* low, const uint8_t* value_parameters, int dim, int value_dim,
-            size_t blocks, uint32_t first_key, const CodedQuery* queries, int count, const Selection* selection,
-            Sums wanted, const float* uppers, size_t stride, const float* block_masses, size_t mass_stride,
-            const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
+            size_t blocks, size_t later, uint32_t first_key, const CodedQuery* queries, int count,
+            const Selection* selection, Sums wanted, const float* uppers, size_t stride, const float* block_masses,
+            size_t mass_stride, const uint16_t* reaching, KeptKeys* kept, SelectionSums* sums) {
     with_number<kTile>(count, [&](auto number) {
         const auto sums_of = [&](auto sums_wanted) {
             select_tile<decltype(number)::value, decltype(sums_wanted)::value>(
-                high, low, value_parameters, dim, value_dim, blocks, first_key, queries, selection, uppers, stride,
-                block_masses, mass_stride, reaching, kept, sums);
+                high, low, value_parameters, dim, value_dim, blocks, later, first_key, queries, selection, uppers,
+                stride, block_masses, mass_stride, reaching, kept, sums);
         };
         switch (wanted) {
             case Sums::none: return sums_of(Number<Sums::none>());
