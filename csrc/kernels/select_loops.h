@@ -189,34 +189,36 @@ inline void weigh_doubtful(const uint8_t* high, const uint8_t* low, size_t bytes
         const size_t block = found.block[f];
         const f32x16 step = load_bfloat16<f32x16>(high + block * (bytes + 64) + bytes),
                      residual8 = load_bfloat16<f32x16>(low + block * (bytes + 32) + bytes);
-        const uint32_t uncoded = mask_ge(residual8, splat(kInfinity));
+        const Truth uncoded = truth_ge(residual8, splat(kInfinity));
         uint32_t any = 0;
         for (int q = 0; q < Count; ++q) {
             const CodedQuery& query = queries[q];
             const Selection& own = selection[q];
             const f32x16 estimate = load<f32x16>(found.keys[f][q]);
-            const uint32_t seen = found.doubts[f][q];
-            if (kRefineBlocks == 1 && !seen) {  // not refined
+            const uint32_t doubts = found.doubts[f][q];
+            if (kRefineBlocks == 1 && !doubts) {  // not refined
                 store(found.keys[f][q], f32x16{});
                 found.exact[f][q] = 0;
                 continue;
             }
             const f32x16 band = query.slope8 * residual8 + query.slope8_step * step + query.slack;
             const f32x16 decisive = own.keep_upper ? estimate + band : estimate;
-            const uint32_t keep = seen & (mask_ge(decisive, splat(own.threshold)) | uncoded);
-            const uint32_t exact = keep & (mask_ge(decisive, splat(own.exact_from)) | uncoded);
-            const uint32_t left = seen & ~keep, coded = keep & ~exact;
-            const f32x16 every = exp_of(estimate - own.reference), weight = keep_lanes(coded, every);
+            const Truth seen = truth_of(doubts);
+            const Truth keep = both(seen, either(truth_ge(decisive, splat(own.threshold)), uncoded));
+            const Truth exact = both(keep, either(truth_ge(decisive, splat(own.exact_from)), uncoded));
+            const Truth coded = without(keep, exact);
+            const f32x16 every = exp_of(estimate - own.reference), weight = where(coded, every);
             store(found.keys[f][q], weight);
-            found.exact[f][q] = uint16_t(exact);
+            const uint32_t kept = bits(keep), read = bits(exact);
+            found.exact[f][q] = uint16_t(read);
             sums[q].sketched += weight;
-            sums[q].kept += __builtin_popcount(keep);
-            any |= coded;
+            sums[q].kept += __builtin_popcount(kept);
+            any |= kept & ~read;
             if (Wanted == Sums::none) continue;
             // exp(band) - 1 <= growth * band, and a band is finite where a key is coded.
-            const f32x16 error = keep_lanes(coded | left, every * band);
-            sums[q].left += keep_lanes(left, every + own.growth * error);
-            const f32x16 of_coded = keep_lanes(coded, error);
+            const f32x16 error = where(without(seen, exact), every * band);
+            sums[q].left += where(without(seen, keep), every + own.growth * error);
+            const f32x16 of_coded = where(coded, error);
             sums[q].band += of_coded;
             if (Wanted == Sums::all) sums[q].variance += of_coded * of_coded;
         }

@@ -87,6 +87,9 @@ inline uint32_t bits(Truth truth) { return truth; }
 inline f32x16 where(Truth truth, f32x16 x) { return keep_lanes(truth, x); }
 inline f32x16 except(Truth truth, f32x16 x) { return keep_lanes(Truth(~truth), x); }
 inline Truth without(Truth a, Truth b) { return Truth(a & ~b); }
+inline Truth both(Truth a, Truth b) { return Truth(a & b); }
+inline Truth either(Truth a, Truth b) { return Truth(a | b); }
+inline Truth truth_of(uint32_t mask) { return Truth(mask); }
 // Lanes under the mask, moved together; writes 16 lanes (a full store is faster than a masked one).
 inline void compress(uint32_t mask, i32x16 values, uint32_t* out) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)mask, (__m512i)values));
@@ -139,18 +142,21 @@ inline uint32_t mask_ge(const V& a, const V& b) {
 }
 inline uint32_t mask_not_less(f32x16 a, f32x16 b) { return bits_of(~(a < b)); }
 inline uint32_t mask_positive(i32x16 x) { return bits_of(x > splat(0)); }
-inline f32x16 keep_lanes(uint32_t mask, f32x16 x) {
+using Truth = i32x16;
+inline Truth truth_of(uint32_t mask) {
     alignas(64) static const int32_t bit[16] = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
                                                 1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
     const i32x16 own = load<i32x16>(bit);
-    return as<f32x16>(as<i32x16>(x) & ((splat(int32_t(mask)) & own) == own));
+    return (splat(int32_t(mask)) & own) == own;
 }
-using Truth = i32x16;
 inline Truth truth_ge(f32x16 a, f32x16 b) { return a >= b; }
 inline uint32_t bits(Truth truth) { return bits_of(truth); }
 inline f32x16 where(Truth truth, f32x16 x) { return as<f32x16>(as<i32x16>(x) & truth); }
 inline f32x16 except(Truth truth, f32x16 x) { return as<f32x16>(as<i32x16>(x) & ~truth); }
 inline Truth without(Truth a, Truth b) { return a & ~b; }
+inline Truth both(Truth a, Truth b) { return a & b; }
+inline Truth either(Truth a, Truth b) { return a | b; }
+inline f32x16 keep_lanes(uint32_t mask, f32x16 x) { return where(truth_of(mask), x); }
 #if defined(__AVX2__)
 // For each mask of eight lanes, the lanes under it, in order.
 struct LaneLists {
