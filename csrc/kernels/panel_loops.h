@@ -112,11 +112,16 @@ void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuer
     }
 }
 
-// 2^y from above: the line 1 + f over 2^f on [0, 1), at most 6.2 % too large; 0 below 2^-127. The bits of the float
-// are the number (y + 127) 2^23 itself.
-inline f32x16 power_above(f32x16 y) {
-    return as<f32x16>(max_of(convert<i32x16>(y * 8388608.0f + 127.0f * 8388608.0f), splat(0)));
-}
+// 2^(x - reference) from above: the line 1 + f over 2^f on [0, 1), at most 6.2 % too large; 0 below 2^-127. The bits of
+// the float are the number (x - reference + 127) 2^23 itself.
+struct PowerAbove {
+    float start;
+    // In units of the last place: 256 + 4 |reference| pay for the rounding of this constant and of the sum, as for
+    // CoarseExp.
+    explicit PowerAbove(float reference)
+        : start(float((127.0 - double(reference)) * 8388608.0 + 256.0 + 4.0 * __builtin_fabs(double(reference)))) {}
+    f32x16 operator()(f32x16 x) const { return CoarseExp::weight(x * 8388608.0f + start); }
+};
 
 // Of logits[count] (a multiple of 64 is read, -inf is nothing): those from the threshold on, in order, with their
 // positions; the mass of the others relative to 2^reference, from above; and how many of them stand in words of 64
@@ -128,13 +133,14 @@ size_t select_row(const float* logits, size_t count, float threshold, float refe
     uint32_t skipped = 0;
     f32x16 sum[2] = {};
     const f32x16 from = splat(threshold > kLowest ? threshold : kLowest);  // hidden keys are never kept
+    const PowerAbove power(reference);
     for (size_t i = 0; i < count; i += 64) {
         uint32_t mask[4];
         for (int b = 0; b < 4; ++b) {
             const f32x16 x = load<f32x16>(logits + i + 16 * b);
             const Truth reaches = truth_ge(x, from);
             mask[b] = bits(reaches);
-            sum[b % 2] += except(reaches, power_above(x - reference));
+            sum[b % 2] += except(reaches, power(x));
         }
         if (!(mask[0] | mask[1] | mask[2] | mask[3])) {
             skipped += uint32_t(count - i < 64 ? count - i : 64);
@@ -171,10 +177,11 @@ float mass_curve(const float* logits, size_t count, float* curve) {
     for (size_t i = 0; i < count; i += 16) most = max_of(most, load<f32x16>(logits + i));
     const float top = max_of_lanes(most);
     if (top == -kInfinity) return top;
+    const PowerAbove power(top);
     for (size_t i = 0; i < count; i += 16) {
-        const f32x16 x = load<f32x16>(logits + i) - top, weight = power_above(x);
+        const f32x16 x = load<f32x16>(logits + i), weight = power(x);
         sums[0] += weight;
-        for (int j = 1; j < kCurve; ++j) sums[j] += select(x < splat(-float(j)), weight, f32x16{});
+        for (int j = 1; j < kCurve; ++j) sums[j] += select(x < splat(top - float(j)), weight, f32x16{});
     }
     for (int j = 0; j < kCurve; j += 4) sums_of_4(sums + j, curve + j);
     return top;

@@ -222,20 +222,6 @@ inline f32x16 from_float16(u16x16 bits) {
 #endif
 #endif
 
-// 32 numbers of 8 bits.
-inline void store_signed_bytes(int8_t* to, const i32x16& first, const i32x16& second) {
-#if defined(__AVX2__) && !defined(HSR_AVX512)
-    // Packs keep to halves of the register: fours of lanes come out as 0, 2, 4, 6, 1, 3, 5, 7.
-    const __m256i words = _mm256_packs_epi32((__m256i)first.low, (__m256i)first.high),
-                  more = _mm256_packs_epi32((__m256i)second.low, (__m256i)second.high);
-    _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words, more),
-                                                                  _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
-#else
-    store(to, signed_bytes(first));
-    store(to + 16, signed_bytes(second));
-#endif
-}
-
 // exp(x) = 2^n 2^f with x log2(e) = n + f, |f| <= 1/2; relative error below 2e-7 (1 + |x|). Above 88 it
 // saturates. Below -87 it is 0 or, on AVX-512, the subnormal number. 2^f: minimax polynomial of degree 5.
 inline f32x16 exp2_fraction(f32x16 f) {

@@ -71,44 +71,40 @@ struct Dither {
 };
 constexpr Dither kDither;
 
-// Digits of the pieces of 32 keys in `pieces`, for logits in [from, exact_from). Returns the pieces in which some reach
-// exact_from; AllBelow: none does.
+constexpr size_t kPieceKeys = 16;  // one of 32 holds a kept key up to 1.7 times as often
+constexpr size_t kPieces = kPanelKeys / kPieceKeys;
+static_assert(kPieces <= 64, "a bit each");
+
+// Digits of `pieces` of keys, for logits in [from, exact_from). Returns the pieces in which some reach exact_from;
+// AllBelow: none does.
 template <bool AllBelow>
-inline uint32_t digits_of_pieces(const float* logits, uint32_t pieces, const f32x16& from, const f32x16& exact_from,
+inline uint64_t digits_of_pieces(const float* logits, uint64_t pieces, const f32x16& from, const f32x16& exact_from,
                                  float cap, int8_t* digits, WeighedRow* out) {
-    constexpr uint32_t kPieces = kRangeKeys / 32;
     f32x16 mass = {};
-    uint32_t large_pieces = 0;
-    for (size_t range = 0; range < kRanges; ++range) {
-        uint32_t left = pieces & ((1u << kPieces) - 1) << range * kPieces;
-        if (!left) continue;
-        i32x16 total = {};
-        for (; left; left &= left - 1) {
-            const size_t i = size_t(__builtin_ctz(left)) * 32;
-            i32x16 digit[2];
-            Truth any_large{};
-            for (int h = 0; h < 2; ++h) {
-                const f32x16 x = load<f32x16>(logits + i + 16 * h);
-                Truth coded = truth_ge(x, from);
-                if constexpr (!AllBelow) {
-                    const Truth large = truth_ge(x, exact_from);
-                    coded = without(coded, large);
-                    any_large = any_large | large;
-                }
-                const f32x16 w = where(coded, power_of_two(x - cap));
-                mass += w;
-                digit[h] = convert<i32x16>(w * kDigits + load<f32x16>(kDither.of + (i + 16 * h) % 64));
-                total += digit[h];
-            }
-            store_signed_bytes(digits + i, digit[0], digit[1]);
-            if constexpr (!AllBelow) large_pieces |= uint32_t(bits(any_large) != 0) << (i / 32);
+    i32x16 totals[kRanges] = {};
+    uint64_t with_large = 0;
+    for (; pieces; pieces &= pieces - 1) {
+        const size_t piece = size_t(__builtin_ctzll(pieces)), i = piece * kPieceKeys;
+        const f32x16 x = load<f32x16>(logits + i);
+        Truth coded = truth_ge(x, from);
+        if constexpr (!AllBelow) {
+            const Truth large = truth_ge(x, exact_from);
+            coded = without(coded, large);
+            with_large |= uint64_t(bits(large) != 0) << piece;
         }
+        const f32x16 w = where(coded, power_of_two(x - cap));
+        mass += w;
+        const i32x16 digit = convert<i32x16>(w * kDigits + load<f32x16>(kDither.of + i % 64));
+        totals[i / kRangeKeys] += digit;
+        store(digits + i, signed_bytes(digit));
+    }
+    for (size_t range = 0; range < kRanges; ++range) {
         int32_t lanes[16];
-        store(lanes, total);
+        store(lanes, totals[range]);
         for (int32_t sum : lanes) out->digit_sums[range] += uint32_t(sum);
     }
     out->mass = sum_of(mass);
-    return large_pieces;
+    return with_large;
 }
 
 // Of logits[count], a multiple of 64 (-inf is nothing), those in [from, exact_from) as digits
@@ -119,25 +115,24 @@ void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, 
                  float* exact, WeighedRow* out) {
     const float least = limits->from > kLowest ? limits->from : kLowest;  // hidden keys are never kept
     const f32x16 from = splat(least), exact_from = splat(limits->exact_from > least ? limits->exact_from : least);
-    const float reference = limits->reference;
+    const PowerAbove power(limits->reference);
     *out = {};
-    // First what is left out, and which pieces of 32 keys hold one that is kept: few, often.
+    // First what is left out, and which pieces hold a key that is kept: few, often.
     f32x16 omitted = {}, top = splat(-kInfinity);
-    uint32_t pieces = 0, kept = 0;
-    for (size_t i = 0; i < count; i += 32) {
+    uint64_t pieces = 0;
+    uint32_t kept = 0;
+    for (size_t i = 0; i < count; i += 2 * kPieceKeys) {
         uint32_t mask[2];
         for (int h = 0; h < 2; ++h) {
             const f32x16 x = load<f32x16>(logits + i + 16 * h);
             const Truth reaches = truth_ge(x, from);
-            omitted += except(reaches, power_above(x - reference));
+            omitted += except(reaches, power(x));
             top = max_of(top, x);
             mask[h] = bits(reaches);
         }
-        const uint32_t both = mask[0] | mask[1] << 16;
-        kept += uint32_t(__builtin_popcount(both));
-        pieces |= uint32_t(both != 0) << (i / 32);
-        store(digits + i, i8x16{});
-        store(digits + i + 16, i8x16{});
+        kept += uint32_t(__builtin_popcount(mask[0] | mask[1] << 16));
+        pieces |= (uint64_t(mask[0] != 0) | uint64_t(mask[1] != 0) << 1) << (i / kPieceKeys);
+        store(digits + i, Vector<int8_t, 2 * kPieceKeys>{});
     }
     uint32_t found = 0;
     const float highest = max_of_lanes(top);
@@ -147,20 +142,18 @@ void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, 
     } else {
         out->cap = limits->exact_from;
         const i32x16 lane = lane_numbers();
-        uint32_t left = digits_of_pieces<false>(logits, pieces, from, exact_from, limits->exact_from, digits, out);
+        uint64_t left = digits_of_pieces<false>(logits, pieces, from, exact_from, limits->exact_from, digits, out);
         for (; left; left &= left - 1) {
-            const size_t piece = size_t(__builtin_ctz(left)) * 32;
-            for (size_t i = piece; i < piece + 32; i += 16) {
-                const f32x16 x = load<f32x16>(logits + i);
-                const uint32_t large = mask_ge(x, exact_from);
-                compress(large, lane + int32_t(limits->first + i), positions + found);
-                compress(large, as<i32x16>(x), (uint32_t*)(exact + found));
-                found += uint32_t(__builtin_popcount(large));
-            }
+            const size_t i = size_t(__builtin_ctzll(left)) * kPieceKeys;
+            const f32x16 x = load<f32x16>(logits + i);
+            const uint32_t large = mask_ge(x, exact_from);
+            compress(large, lane + int32_t(limits->first + i), positions + found);
+            compress(large, as<i32x16>(x), (uint32_t*)(exact + found));
+            found += uint32_t(__builtin_popcount(large));
         }
     }
     out->omitted = sum_of(omitted);
-    for (size_t word = 0; word < count / 64; ++word) out->words |= uint32_t((pieces >> 2 * word & 3) != 0) << word;
+    for (size_t word = 0; word < count / 64; ++word) out->words |= uint32_t((pieces >> 4 * word & 15) != 0) << word;
     out->coded = kept - found;
     out->exact = found;
 }
