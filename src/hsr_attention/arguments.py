@@ -101,8 +101,9 @@ def float_array(name: str, array: Any) -> FloatArray:
     ValueError
         If a float64 number is too large for float32.
     """
-    if is_torch(array):
-        return _from_torch(name, array)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return _from_torch(torch, name, array)
     given, array = array, np.asarray(array)
     if array.dtype == np.float64:
         with np.errstate(over="ignore"):
@@ -140,8 +141,7 @@ def _fitting(name: str, wide: Any, narrow: Any) -> Any:
 _TORCH_DTYPES: dict[Any, Dtype] = {}
 
 
-def _from_torch(name: str, tensor: Any) -> FloatArray:
-    torch = sys.modules["torch"]  # a tensor came in, so torch is loaded
+def _from_torch(torch: Any, name: str, tensor: Any) -> FloatArray:
     if not _TORCH_DTYPES:
         _TORCH_DTYPES.update({getattr(torch, dtype.name): dtype for dtype in Dtype})
     if not tensor.is_cpu:
@@ -167,15 +167,23 @@ def like(example: Any, values: NDArray[np.float32]) -> Any:
     return values.astype(dtype) if dtype.kind == "f" or dtype.name == "bfloat16" else values
 
 
-def place_for(example: Any, dtype: Dtype, shape: tuple[int, ...]) -> tuple[Any, int, bool]:
+def place_for(example: Any, taken: FloatArray, shape: tuple[int, ...]) -> tuple[Any, int, bool]:
     """Return an empty tensor for an answer like ``example``, its address, and whether it is bfloat16.
 
-    (None, 0, False) where the native code does not write the dtype of ``example``, or it is no tensor: the
-    answer then comes back as a numpy array of float32, for ``like``.
+    ``taken`` is ``example`` as ``float_array`` took it. (None, 0, False) where the native code does
+    not write the dtype of ``example``, or it is no tensor: the answer then comes back as a numpy
+    array of float32, for ``like``.
     """
-    if dtype is Dtype.float16 or not is_torch(example) or example.dtype not in _TORCH_DTYPES:
+    dtype = taken.dtype
+    if dtype is Dtype.float16 or not isinstance(taken, TensorArray):
         return None, 0, False
-    out = sys.modules["torch"].empty(shape, dtype=example.dtype)
+    if example.dtype is not taken.tensor.dtype:  # float64, taken as float32
+        return None, 0, False
+    torch = sys.modules["torch"]
+    if taken.shape == shape:  # two thirds of the other's time, when nothing of it is in a cache
+        out = torch.empty_like(taken.tensor, memory_format=torch.contiguous_format)
+    else:
+        out = torch.empty(shape, dtype=example.dtype)
     return out, out.data_ptr(), dtype is Dtype.bfloat16
 
 
@@ -308,6 +316,8 @@ def _or_one(size: int) -> str:
 
 def flag(name: str, value: Any) -> bool:
     """Check a truth value."""
+    if value is True or value is False:  # without what the others need: a decoding step asks
+        return value
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
@@ -359,7 +369,9 @@ def scale(value: float | None, head_dim: int) -> float:
     """Return ``scale``, by default 1 / sqrt(head_dim); it must be finite and positive."""
     if value is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
         raise TypeError(f"scale must be a number, got {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"scale must be finite and > 0, got {value}")

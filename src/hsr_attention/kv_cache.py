@@ -287,7 +287,7 @@ class KVCache:
         scale = arguments.scale(scale, dim)
         seen = None if mask is None else self._key_mask(mask, batch, m, n)
         rows = (batch, heads, m, value_dim)
-        out, address, rounds = arguments.place_for(q, queries.dtype, rows)
+        out, address, rounds = arguments.place_for(q, queries, rows)
         found = self._layer.attend(
             queries.native,
             queries.dtype,
