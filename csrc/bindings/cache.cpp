@@ -98,6 +98,7 @@ nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dt
                 fact[row] = std::nextafter(fact[row] + bfloat16_rounding(out + row * dim, dim),
                                            std::numeric_limits<float>::infinity());
         }
+        for (size_t row = 0; row < rows; ++row) fact[rows + row] = std::min(fact[rows + row], fact[row]);
     }
     const nb::object answer = out_address ? nb::none() : nb::cast(own(std::move(own_out), {batch, heads, m, dim}));
     if (!with_certificate) return nb::make_tuple(answer);

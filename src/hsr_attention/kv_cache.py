@@ -308,7 +308,6 @@ class KVCache:
         bound, estimate, omitted, density, lse = found[1]
         if not address:
             bound = bound + arguments.output_rounding(q, found[0])
-        estimate = np.minimum(estimate, bound)
         return out, Certificate(bound, estimate, omitted, density, lse, found[2])
 
     def _key_mask(self, mask: Any, batch: int, m: int, n: int) -> NDArray[np.uint8]:
