@@ -23,6 +23,7 @@ constexpr float kValueLimit = 1e18f;
 using VectorIds = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Thresholds = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Mask = nb::ndarray<const uint8_t, nb::ndim<3>, nb::device::cpu>;
+using Facts = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
 // The names are those the caller knows the arrays by, for messages.
 void append(LayerCache& self, const nb::object& keys, const nb::object& values, const std::string& keys_name,
@@ -49,10 +50,11 @@ float bfloat16_rounding(const float* x, size_t count) {
 
 // `visible` none: the queries are the newest positions, causal among themselves. `out_address` not 0: the answer is
 // written there, contiguous, as float32 or with `out_bfloat16` rounded, which the bound then includes; else it is
-// returned as a numpy array.
+// returned as a numpy array. `facts` [5, batch, heads, m]: where the certificate's numbers go, which come back with the
+// work then.
 nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dtype, uintptr_t out_address,
                        bool out_bfloat16, std::optional<VectorIds> visible, const AttendSettings& rule, double scale,
-                       bool certify, bool with_certificate, std::optional<Thresholds> thresholds,
+                       bool certify, std::optional<Facts> facts, std::optional<Thresholds> thresholds,
                        std::optional<Mask> mask) {
     AttendQueries call{};
     call.queries = token_array(queries, dtype);
@@ -70,13 +72,16 @@ nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dt
     const size_t batch = size_t(call.queries.batch), heads = size_t(call.queries.heads),
                  m = size_t(call.queries.tokens), rows = batch * heads * m, dim = size_t(self.value_dim());
     const bool in_place = out_address && !out_bfloat16;
-    std::vector<float> own_out(in_place ? 0 : rows * dim), facts(5 * rows);
+    if (facts && facts->size() != 5 * rows)
+        throw std::invalid_argument("facts must have shape [5, batch, heads, m], got " + std::to_string(facts->size()) +
+                                    " numbers for " + std::to_string(rows) + " rows");
+    std::vector<float> own_out(in_place ? 0 : rows * dim), own_facts(facts ? 0 : 5 * rows);
     float* const out = in_place ? reinterpret_cast<float*>(out_address) : own_out.data();
     AttendWork work;
     {
         nb::gil_scoped_release release;
         require_finite("q", call.queries);
-        float* fact = facts.data();
+        float* fact = facts ? facts->data() : own_facts.data();
         const AttendResult result{out, fact, fact + rows, fact + 2 * rows, fact + 3 * rows, fact + 4 * rows};
         const std::shared_lock lock(self.mutex());
         // Other threads may have changed the cache since Python looked.
@@ -101,7 +106,7 @@ nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dt
         for (size_t row = 0; row < rows; ++row) fact[rows + row] = std::min(fact[rows + row], fact[row]);
     }
     const nb::object answer = out_address ? nb::none() : nb::cast(own(std::move(own_out), {batch, heads, m, dim}));
-    if (!with_certificate) return nb::make_tuple(answer);
+    if (!facts) return nb::make_tuple(answer);
     nb::dict counters;
     counters["sketch_scored"] = work.sketch_scored;
     counters["refined"] = work.refined;
@@ -113,7 +118,7 @@ nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dt
     counters["skipped"] = work.skipped;
     counters["panels"] = work.panels;
     counters["selected_again"] = work.selected_again;
-    return nb::make_tuple(answer, own(std::move(facts), {5, batch, heads, m}), counters);
+    return nb::make_tuple(answer, counters);
 }
 
 // Keys or values as [batch, heads, n, dim], read-only, without a copy; later appends do not move it.
@@ -196,5 +201,5 @@ void init_cache(nb::module_& m) {
         .def("keys", [](const LayerCache& self) { return rows_view(self, true); })
         .def("values", [](const LayerCache& self) { return rows_view(self, false); })
         .def("attend", &attend_cache, "queries"_a, "dtype"_a, "out_address"_a, "out_bfloat16"_a, "visible"_a.none(),
-             "settings"_a, "scale"_a, "certify"_a, "with_certificate"_a, "thresholds"_a.none(), "mask"_a.none());
+             "settings"_a, "scale"_a, "certify"_a, "facts"_a.none(), "thresholds"_a.none(), "mask"_a.none());
 }
