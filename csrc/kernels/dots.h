@@ -247,6 +247,7 @@ inline void in_turns(int pairs, const Begin& begin, const Body& body, const Sett
     }
 }
 
-inline Floats part_of_bfloat16(const uint8_t* from, int part) {
-    return load_bfloat16<Floats>(from + 2 * kPartLanes * part);
+template <class V>
+inline V part_of_bfloat16(const uint8_t* from, int part) {
+    return load_bfloat16<V>(from + 2 * kPartLanes * part);
 }

@@ -274,8 +274,8 @@ inline void score_together(const uint8_t* high, int dim, size_t spacing, const S
         for (int k = 0; k < Blocks; ++k) {
             const uint8_t* steps = high + k * apart + bytes;
             if (part == 0) __builtin_prefetch(steps + kBytesAhead);
-            const Together step = load_bfloat16<Together>(steps + 2 * kPartLanes * part),
-                           residual = load_bfloat16<Together>(steps + 32 + 2 * kPartLanes * part);
+            const Together step = part_of_bfloat16<Together>(steps, part),
+                           residual = part_of_bfloat16<Together>(steps + 32, part);
             for (int q = 0; q < Count; ++q) {
                 const Together dot =
                     of_parts<Together>([&](int i) { return convert<Floats>(sum[k * kPartsTogether + i][q].total()); });
@@ -419,11 +419,11 @@ void scan_mass(const uint8_t* high, int dim, size_t blocks, const CodedQuery* qu
 // four numbers and three sums, no larger than those of estimates and of CoarseExp.
 struct UpperWeight {
     static constexpr float kOne = 127.0f * 8388608.0f;  // of weight 1
-    static constexpr float kMost = kOne + kHeadroom * CoarseExp::kPerNat;
+    static constexpr float kMost = kOne + kHeadroom * CoarseExp::kPerUnit;
     float factor, offset, slope, start;
     UpperWeight() = default;
     UpperWeight(const CodedQuery& query, const ScanQuery& scanned, float reference) {
-        const double per_nat = double(CoarseExp::kPerNat), of_dot = per_nat * double(scanned.factor);
+        const double per_nat = double(CoarseExp::kPerUnit), of_dot = per_nat * double(scanned.factor);
         factor = float(of_dot);
         offset = float(per_nat * double(query.slope4_step) - of_dot * double(scanned.offset));
         slope = float(per_nat * double(query.slope4));
@@ -432,7 +432,7 @@ struct UpperWeight {
     Together bits(const Together& step, const Together& residual, const Together& dot) const {
         return step * (factor * dot + offset) + (slope * residual + start);
     }
-    static float logit(float bits, float reference) { return reference + (bits - kOne) / CoarseExp::kPerNat; }
+    static float logit(float bits, float reference) { return reference + (bits - kOne) / CoarseExp::kPerUnit; }
 };
 
 template <int Count, int Pairs>
@@ -457,7 +457,7 @@ template <int Count, int Pairs>
     for (int q = 0; q < Count; ++q) {
         reference[q] = queries[q].centre;
         weight_of[q] = UpperWeight(queries[q], scanned.own[q], reference[q]);
-        const float per_nat = CoarseExp::kPerNat;
+        const float per_nat = CoarseExp::kPerUnit;
         band_of[q] = {per_nat * queries[q].slope4, per_nat * queries[q].slope4_step, per_nat * queries[q].slack};
         top[q] = splat_to<Together>(-3.0e38f);
     }

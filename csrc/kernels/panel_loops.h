@@ -112,17 +112,6 @@ void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuer
     }
 }
 
-// 2^(x - reference) from above: the line 1 + f over 2^f on [0, 1), at most 6.2 % too large; 0 below 2^-127. The bits of
-// the float are the number (x - reference + 127) 2^23 itself.
-struct PowerAbove {
-    float start;
-    // In units of the last place: 256 + 4 |reference| pay for the rounding of this constant and of the sum, as for
-    // CoarseExp.
-    explicit PowerAbove(float reference)
-        : start(float((127.0 - double(reference)) * 8388608.0 + 256.0 + 4.0 * __builtin_fabs(double(reference)))) {}
-    f32x16 operator()(f32x16 x) const { return CoarseExp::weight(x * 8388608.0f + start); }
-};
-
 // Of logits[count] (a multiple of 64 is read, -inf is nothing): those from the threshold on, in order, with their
 // positions; the mass of the others relative to 2^reference, from above; and how many of them stand in words of 64
 // without a kept one. kept and positions have room for count + 16.

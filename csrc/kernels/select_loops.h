@@ -45,7 +45,7 @@ inline void refine_together(const uint8_t* const* high, const uint8_t* const* lo
             }
         }
         for (int k = 0; k < Blocks; ++k) {
-            const Floats step = part_of_bfloat16(high[k] + size_t(pairs) * 64, part);
+            const Floats step = part_of_bfloat16<Floats>(high[k] + size_t(pairs) * 64, part);
             for (int q = 0; q < Count; ++q) {
                 const CodedQuery& query = queries[which[q]];
                 const Floats sum = (convert<Floats>(coarse[k][q]) - first[q].offset) +
@@ -120,7 +120,6 @@ template <int Count, Sums Wanted>
 inline void find_doubtful(size_t blocks, size_t later, const Selection* selection, const float* uppers, size_t stride,
                           const float* block_masses, size_t mass_stride, const uint16_t* reaching,
                           Doubtful<Count>& found, f32x16* omitted) {
-    size_t listed = 0;
     if (block_masses) {
         uint64_t all = 0, heavy[Count] = {};
         for (int q = 0; q < Count; ++q) {
@@ -138,17 +137,6 @@ inline void find_doubtful(size_t blocks, size_t later, const Selection* selectio
             const int block = __builtin_ctzll(all);
             for (int q = 0; q < Count; ++q) found.doubts[found.count][q] = uint16_t(-(heavy[q] >> block & 1));
             found.add(size_t(block), true);
-        }
-        listed = found.count;
-        for (size_t at = blocks; at < blocks + later && listed < found.count + kBlocksAhead + 2; at += 16) {
-            const size_t left = blocks + later - at;
-            uint32_t reach = 0;
-            for (int q = 0; q < Count; ++q)
-                reach |=
-                    mask_not_less(load<f32x16>(block_masses + q * mass_stride + at), splat(selection[q].mass_from));
-            if (left < 16) reach &= (1u << left) - 1;
-            for (; reach && listed < found.count + kBlocksAhead + 2; reach &= reach - 1)
-                found.block[listed++] = uint16_t(at + size_t(__builtin_ctz(reach)));
         }
     } else if (reaching) {
         for (size_t block = 0; block < blocks; ++block, reaching += kTile) {
@@ -171,9 +159,19 @@ inline void find_doubtful(size_t blocks, size_t later, const Selection* selectio
             found.add(block, any != 0);
         }
     }
-    if (listed < found.count) listed = found.count;
+    size_t listed = found.count;
+    const size_t wanted = found.count + kBlocksAhead + 2;
+    for (size_t at = blocks; block_masses && at < blocks + later && listed < wanted; at += 16) {
+        const size_t left = blocks + later - at;
+        uint32_t reach = 0;
+        for (int q = 0; q < Count; ++q)
+            reach |= mask_not_less(load<f32x16>(block_masses + q * mass_stride + at), splat(selection[q].mass_from));
+        if (left < 16) reach &= (1u << left) - 1;
+        for (; reach && listed < wanted; reach &= reach - 1)
+            found.block[listed++] = uint16_t(at + size_t(__builtin_ctz(reach)));
+    }
     const uint16_t last = listed ? found.block[listed - 1] : uint16_t(0);
-    while (listed < found.count + kBlocksAhead + 2) found.block[listed++] = last;
+    while (listed < wanted) found.block[listed++] = last;
 }
 
 // What a pass over weights adds up for one query.

@@ -256,27 +256,36 @@ inline f32x16 exp_of(f32x16 x) {
 inline f32x16 exp_above(f32x16 x, float reference) { return exp_of(x - reference) * 1.0001f; }
 #endif
 
-// exp(x - reference), from above by at most 6.2 %: 2^n (1 + f) in place of 2^(n + f), made from its bits in one
-// multiply-add. Below -87 it is 0 or subnormal; x must be <= reference + 80.
-struct CoarseExp {
+// exp(x - reference), or 2^(x - reference), from above by at most 6.2 %: 2^n (1 + f) in place of 2^(n + f), made from
+// its bits in one multiply-add. Below -87 nats it is 0 or subnormal; x must be at most 80 nats above the reference.
+template <class Unit>
+struct LineAbove {
+    static constexpr float kPerUnit = Unit::kPowers * 8388608.0f;
     float start;
-    CoarseExp() = default;
+    LineAbove() = default;
     // In units of the last place of the exponent's bits: 256 + 4 |reference| pay for the roundings of the constant, of
     // `start`, of the product (where it is rounded) and of the sum, each at most 64 + |reference|.
     static double start_at(double reference) {
-        return 127.0 * 8388608.0 + 256.0 + 4.0 * __builtin_fabs(reference) - reference * double(kPerNat);
+        return 127.0 * 8388608.0 + 256.0 + 4.0 * __builtin_fabs(reference) - reference * double(kPerUnit);
     }
-    explicit CoarseExp(float reference) : start(float(start_at(double(reference)))) {}
+    explicit LineAbove(float reference) : start(float(start_at(double(reference)))) {}
     template <class V>
     V operator()(const V& x) const {
-        return weight(x * kPerNat + start);
+        return weight(x * kPerUnit + start);
     }
     template <class V>
     static V weight(const V& bits) {
         return as<V>(convert<Vector<int32_t, Shape<V>::lanes>>(max_of(bits, V{})));
     }
-    static constexpr float kPerNat = 1.44269504f * 8388608.0f;
 };
+struct Nats {
+    static constexpr float kPowers = 1.44269504f;
+};
+struct PowersOfTwo {
+    static constexpr float kPowers = 1.0f;
+};
+using CoarseExp = LineAbove<Nats>;
+using PowerAbove = LineAbove<PowersOfTwo>;
 
 inline f32x16 load_row(Dtype dtype, const void* row, int at) {
     if (dtype == Dtype::float32) return load<f32x16>((const float*)row + at);

@@ -175,9 +175,11 @@ def place_for(example: Any, taken: FloatArray, shape: tuple[int, ...]) -> tuple[
     array of float32, for ``like``.
     """
     dtype = taken.dtype
-    if dtype is Dtype.float16 or not isinstance(taken, TensorArray):
-        return None, 0, False
-    if example.dtype is not taken.tensor.dtype:  # float64, taken as float32
+    if (
+        dtype is Dtype.float16
+        or not isinstance(taken, TensorArray)
+        or example.dtype is not taken.tensor.dtype  # float64, taken as float32
+    ):
         return None, 0, False
     torch = sys.modules["torch"]
     if taken.shape == shape:  # two thirds of the other's time, when nothing of it is in a cache
@@ -316,9 +318,9 @@ def _or_one(size: int) -> str:
 
 def flag(name: str, value: Any) -> bool:
     """Check a truth value."""
-    if value is True or value is False:  # without what the others need: a decoding step asks
+    if isinstance(value, bool):
         return value
-    if not isinstance(value, bool | np.bool_):
+    if not isinstance(value, np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
