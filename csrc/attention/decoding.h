@@ -42,6 +42,7 @@ struct Partial {
     double omitted[kTile], left[kTile];
     double relu_top[kTile];  // ReLU: largest logit - threshold; weights are relative to its power
     int64_t kept[kTile], exact[kTile], refined;
+    bool nothing;  // all of these are 0, and what belongs to them elsewhere is not written
 };
 
 struct Candidate {

@@ -25,6 +25,7 @@ bool Attend::finish(Tile& tile, int q) {
     for (size_t c = 0; c < tile.chunks; ++c) {
         const size_t piece = tile.partial_at + c;
         const Partial& part = space_->partials[piece];
+        if (part.nothing) continue;
         // Chunks of ReLU weights are relative to their own largest.
         const double factor =
             relu() && part.relu_top[q] < total.relu_top[0] ? power_of(part.relu_top[q] / total.relu_top[0]) : 1.0;

@@ -11,6 +11,16 @@ void Attend::select_chunk(Tile& tile, size_t chunk) {
     const size_t sums_at = piece * kTile * size_t(groups_);
     Partial& part = space_->partials[piece];
     part = Partial();
+    const size_t last = std::min((chunk + 1) * chunk_blocks_, tile.blocks);
+    uint16_t reaching[kChunkBlocks * kTile];
+    if (tile.fused) {
+        const size_t first = chunk * chunk_blocks_;
+        float thresholds[kTile];
+        for (int q = 0; q < tile.count; ++q) thresholds[q] = tile.selection[q].threshold;
+        part.nothing = !kernels().scan_reach(cache_.key_sketch(store_head(tile)).high(first), cache_.key_dim(),
+                                             last - first, tile.coded, tile.count, thresholds, reaching);
+        if (part.nothing) return;
+    }
     float* accumulators = space_->accumulators.data() + piece * kTile * width;
     SelectionSums sums{};
     sums.offsets = space_->offsets.data() + sums_at;
@@ -24,15 +34,6 @@ void Attend::select_chunk(Tile& tile, size_t chunk) {
     static thread_local KeptLists lists;
     lists.reserve(groups_);
     KeptKeys& kept = lists.kept;
-    const size_t last = std::min((chunk + 1) * chunk_blocks_, tile.blocks);
-    uint16_t reaching[kChunkBlocks * kTile];
-    if (tile.fused) {
-        const size_t first = chunk * chunk_blocks_;
-        float thresholds[kTile];
-        for (int q = 0; q < tile.count; ++q) thresholds[q] = tile.selection[q].threshold;
-        kernels().scan_reach(cache_.key_sketch(store_head(tile)).high(first), cache_.key_dim(), last - first,
-                             tile.coded, tile.count, thresholds, reaching);
-    }
     for (size_t first = chunk * chunk_blocks_; first < last; first += kSelectBlocks) {
         const size_t count = std::min(kSelectBlocks, last - first);
         for (int q = 0; q < tile.count; ++q) kept.exact[q] = lists.exact(q) + lists.exact_count[q];

@@ -167,8 +167,8 @@ struct Kernels {
     void (*scan_blocks)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
                         float* references, float* block_masses, size_t mass_stride, float* sampled);
     // The same blocks for thresholds that are known: masks[block * kTile + q], lanes whose upper bound reaches
-    // thresholds[q]. Nothing else is written.
-    void (*scan_reach)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+    // thresholds[q]. Nothing else is written. False: there are none.
+    bool (*scan_reach)(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
                        const float* thresholds, uint16_t* masks);
     // out = exp(x - reference)
     void (*exp_into)(const float* x, size_t count, float reference, float* out);

@@ -516,9 +516,9 @@ void scan_blocks(const uint8_t* high, int dim, size_t blocks, const CodedQuery* 
     });
 }
 
-// A bit for each key whose upper bound reaches the threshold.
+// A bit for each key whose upper bound reaches the threshold; whether there is any.
 template <int Count, int Pairs>
-[[gnu::noinline]] void scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
+[[gnu::noinline]] bool scan_reach_tile(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries,
                                        const float* thresholds, uint16_t* masks) {
     const ScanQueries<Count> scanned(queries, dim);
     const ScanBands<Count> bands(queries);
@@ -532,13 +532,19 @@ template <int Count, int Pairs>
                                    masks[block * kTile + q] |= uint16_t(mask_ge(upper, splat_to<Together>(threshold[q]))
                                                                         << (part * kPartLanes));
                                });
+    uint16_t any = 0;
+    for (size_t i = 0; i < blocks * kTile; ++i) any |= masks[i];
+    return any != 0;
 }
 
-void scan_reach(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
+bool scan_reach(const uint8_t* high, int dim, size_t blocks, const CodedQuery* queries, int count,
                 const float* thresholds, uint16_t* masks) {
+    bool any = false;
     with_shape(count, dim, [&](auto number, auto pairs) {
-        scan_reach_tile<decltype(number)::value, decltype(pairs)::value>(high, dim, blocks, queries, thresholds, masks);
+        any = scan_reach_tile<decltype(number)::value, decltype(pairs)::value>(high, dim, blocks, queries, thresholds,
+                                                                               masks);
     });
+    return any;
 }
 
 double sum_exp(const float* x, size_t count, float reference) {
