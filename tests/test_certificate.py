@@ -7,6 +7,10 @@ A row is one query of one head, judged against dense attention in float64. Every
 - slow: 16 kinds x 11 policies x 3 visibilities x 48 rows = 25,344 rows a level.
 """
 
+import copy
+import dataclasses
+import pickle
+import threading
 from collections import Counter
 
 import numpy as np
@@ -290,3 +294,43 @@ def test_counters_of_work(isa, m):
     for certificate in (relu, softmax):
         assert min(certificate.work.values()) >= 0
         assert (certificate.estimated_error <= certificate.error_bound).all()
+
+
+def _certificate():
+    case = make("random", heads=2, n=64)
+    return hsr.softmax_attention(case.q, case.k, case.v, return_certificate=True)[1]
+
+
+@pytest.mark.parametrize("remade", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_certificates_can_be_kept(remade):
+    certificate = remade(_certificate())
+    for field in dataclasses.fields(hsr.Certificate):
+        np.testing.assert_equal(
+            getattr(certificate, field.name), getattr(_certificate(), field.name)
+        )
+    assert "error_bound=array" in repr(_certificate())
+
+
+def test_certificates_do_not_change():
+    certificate = _certificate()
+    with pytest.raises(AttributeError, match="no attribute 'erorr_bound'"):
+        certificate.erorr_bound  # noqa: B018
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        certificate.error_bound = 0.0
+
+
+def test_threads_read_one_certificate():
+    for _ in range(50):
+        certificate, seen = _certificate(), []
+        start = threading.Barrier(4)
+
+        def read(certificate=certificate, seen=seen, start=start):
+            start.wait()
+            seen.append(float(certificate.lse.sum()) + certificate.work["sketch_scored"])
+
+        readers = [threading.Thread(target=read) for _ in range(4)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        assert len(seen) == 4 and len(set(seen)) == 1

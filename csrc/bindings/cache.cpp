@@ -23,7 +23,35 @@ constexpr float kValueLimit = 1e18f;
 using VectorIds = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Thresholds = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Mask = nb::ndarray<const uint8_t, nb::ndim<3>, nb::device::cpu>;
-using Facts = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+// What a certificate says: numbers [5][batch][heads][m], and what the call did. Most are never looked at, so they
+// become Python's only when it asks.
+struct Facts {
+    std::vector<float> numbers;
+    size_t batch, heads, tokens;
+    AttendWork work;
+};
+
+nb::ndarray<nb::numpy, float> numbers_of(const nb::handle_t<Facts>& self) {
+    auto& facts = nb::cast<Facts&>(self);
+    return nb::ndarray<nb::numpy, float>(facts.numbers.data(), {5, facts.batch, facts.heads, facts.tokens}, self);
+}
+
+nb::dict work_of(const Facts& facts) {
+    const AttendWork& work = facts.work;
+    nb::dict counters;
+    counters["sketch_scored"] = work.sketch_scored;
+    counters["refined"] = work.refined;
+    counters["full_scored"] = work.full_scored;
+    counters["sketched"] = work.sketched;
+    counters["scanned_four"] = work.scanned_four;
+    counters["scanned_eight"] = work.scanned_eight;
+    counters["scanned_full"] = work.scanned_full;
+    counters["skipped"] = work.skipped;
+    counters["panels"] = work.panels;
+    counters["selected_again"] = work.selected_again;
+    return counters;
+}
 
 // The names are those the caller knows the arrays by, for messages.
 void append(LayerCache& self, const nb::object& keys, const nb::object& values, const std::string& keys_name,
@@ -50,12 +78,10 @@ float bfloat16_rounding(const float* x, size_t count) {
 
 // `visible` none: the queries are the newest positions, causal among themselves. `out_address` not 0: the answer is
 // written there, contiguous, as float32 or with `out_bfloat16` rounded, which the bound then includes; else it is
-// returned as a numpy array. `facts` [5, batch, heads, m]: where the certificate's numbers go, which come back with the
-// work then.
+// returned as a numpy array. With `facts` they are returned beside it.
 nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dtype, uintptr_t out_address,
                        bool out_bfloat16, std::optional<VectorIds> visible, const AttendSettings& rule, double scale,
-                       bool certify, std::optional<Facts> facts, std::optional<Thresholds> thresholds,
-                       std::optional<Mask> mask) {
+                       bool certify, bool facts, std::optional<Thresholds> thresholds, std::optional<Mask> mask) {
     AttendQueries call{};
     call.queries = token_array(queries, dtype);
     call.thresholds = thresholds ? thresholds->data() : nullptr;
@@ -72,16 +98,13 @@ nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dt
     const size_t batch = size_t(call.queries.batch), heads = size_t(call.queries.heads),
                  m = size_t(call.queries.tokens), rows = batch * heads * m, dim = size_t(self.value_dim());
     const bool in_place = out_address && !out_bfloat16;
-    if (facts && facts->size() != 5 * rows)
-        throw std::invalid_argument("facts must have shape [5, batch, heads, m], got " + std::to_string(facts->size()) +
-                                    " numbers for " + std::to_string(rows) + " rows");
-    std::vector<float> own_out(in_place ? 0 : rows * dim), own_facts(facts ? 0 : 5 * rows);
+    std::vector<float> own_out(in_place ? 0 : rows * dim);
+    Facts found{std::vector<float>(5 * rows), batch, heads, m, {}};
     float* const out = in_place ? reinterpret_cast<float*>(out_address) : own_out.data();
-    AttendWork work;
     {
         nb::gil_scoped_release release;
         require_finite("q", call.queries);
-        float* fact = facts ? facts->data() : own_facts.data();
+        float* fact = found.numbers.data();
         const AttendResult result{out, fact, fact + rows, fact + 2 * rows, fact + 3 * rows, fact + 4 * rows};
         const std::shared_lock lock(self.mutex());
         // Other threads may have changed the cache since Python looked.
@@ -93,8 +116,8 @@ nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dt
             for (int64_t i = 0; i < call.queries.tokens; ++i)
                 newest.push_back(int64_t(self.size()) - call.queries.tokens + i + 1);
         call.visible = visible ? visible->data() : newest.data();
-        work = prefill_serves(self, settings, call) ? prefill(self, settings, call, result)
-                                                    : attend(self, settings, call, result);
+        found.work = prefill_serves(self, settings, call) ? prefill(self, settings, call, result)
+                                                          : attend(self, settings, call, result);
         self.drop_pages();
         if (out_address && out_bfloat16) {
             auto* rounded = reinterpret_cast<uint16_t*>(out_address);
@@ -106,19 +129,7 @@ nb::tuple attend_cache(const LayerCache& self, const nb::object& queries, int dt
         for (size_t row = 0; row < rows; ++row) fact[rows + row] = std::min(fact[rows + row], fact[row]);
     }
     const nb::object answer = out_address ? nb::none() : nb::cast(own(std::move(own_out), {batch, heads, m, dim}));
-    if (!facts) return nb::make_tuple(answer);
-    nb::dict counters;
-    counters["sketch_scored"] = work.sketch_scored;
-    counters["refined"] = work.refined;
-    counters["full_scored"] = work.full_scored;
-    counters["sketched"] = work.sketched;
-    counters["scanned_four"] = work.scanned_four;
-    counters["scanned_eight"] = work.scanned_eight;
-    counters["scanned_full"] = work.scanned_full;
-    counters["skipped"] = work.skipped;
-    counters["panels"] = work.panels;
-    counters["selected_again"] = work.selected_again;
-    return nb::make_tuple(answer, counters);
+    return nb::make_tuple(answer, facts ? nb::cast(std::move(found)) : nb::none());
 }
 
 // Keys or values as [batch, heads, n, dim], read-only, without a copy; later appends do not move it.
@@ -145,6 +156,7 @@ nb::object rows_view(const LayerCache& cache, bool keys) {
 }  // namespace
 
 void init_cache(nb::module_& m) {
+    nb::class_<Facts>(m, "Facts").def("numbers", &numbers_of).def("work", &work_of);
     nb::class_<AttendSettings>(m, "AttendSettings")
         .def(
             "__init__",
@@ -201,5 +213,5 @@ void init_cache(nb::module_& m) {
         .def("keys", [](const LayerCache& self) { return rows_view(self, true); })
         .def("values", [](const LayerCache& self) { return rows_view(self, false); })
         .def("attend", &attend_cache, "queries"_a, "dtype"_a, "out_address"_a, "out_bfloat16"_a, "visible"_a.none(),
-             "settings"_a, "scale"_a, "certify"_a, "facts"_a.none(), "thresholds"_a.none(), "mask"_a.none());
+             "settings"_a, "scale"_a, "certify"_a, "facts"_a, "thresholds"_a.none(), "mask"_a.none());
 }

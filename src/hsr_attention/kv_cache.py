@@ -288,8 +288,7 @@ class KVCache:
         seen = None if mask is None else self._key_mask(mask, batch, m, n)
         rows = (batch, heads, m, value_dim)
         out, address, rounds = arguments.place_for(q, queries, rows)
-        facts = np.empty((5, batch, heads, m), np.float32) if certify else None
-        found = self._layer.attend(
+        answer, facts = self._layer.attend(
             queries.native,
             queries.dtype,
             address,
@@ -298,18 +297,17 @@ class KVCache:
             self._settings,
             scale,
             certify and self._certifies,
-            facts,
+            certify,
             self._thresholds(queries, scale, visible, seen, n),
             seen,
         )
         if out is None:
-            out = arguments.like(q, found[0])
+            out = arguments.like(q, answer)
         if facts is None:
             return out, None
-        bound, estimate, omitted, density, lse = facts
         if not address:
-            bound = bound + arguments.output_rounding(q, found[0])
-        return out, Certificate(bound, estimate, omitted, density, lse, found[1])
+            facts.numbers()[0] += arguments.output_rounding(q, answer)
+        return out, Certificate.of_call(facts)
 
     def _key_mask(self, mask: Any, batch: int, m: int, n: int) -> NDArray[np.uint8]:
         found = arguments.key_mask(mask, batch, m, n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,3 +42,23 @@ class Certificate:
     density: NDArray[np.float32]
     lse: NDArray[np.float32]
     work: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_call(cls, facts: Any) -> Certificate:
+        """Return that of a native call, whose numbers become arrays when one is first asked for."""
+        certificate = object.__new__(cls)
+        certificate.__dict__["_facts"] = facts  # the fields are missing: see __getattr__
+        return certificate
+
+    def __getattr__(self, name: str) -> Any:
+        facts = self.__dict__.get("_facts")
+        if facts is not None and name in Certificate.__dataclass_fields__:
+            found = (*facts.numbers(), facts.work())
+            self.__dict__.update(zip(Certificate.__dataclass_fields__, found, strict=True))
+            self.__dict__.pop("_facts", None)
+        if name not in self.__dict__:  # another thread may have been first
+            raise AttributeError(f"'Certificate' object has no attribute '{name}'")
+        return self.__dict__[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Certificate, tuple(getattr(self, name) for name in Certificate.__dataclass_fields__)
