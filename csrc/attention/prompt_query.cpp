@@ -51,10 +51,9 @@ void Prefill::code(Workspace& space, size_t i, int head) {
     for (; j + 4 <= dim_; j += 4)
         for (int k = 0; k < 4; ++k) centre[k] += unit[j + k] * sketch.centre()[size_t(j + k)];
     for (; j < dim_; ++j) centre[0] += unit[j] * sketch.centre()[size_t(j)];
-    const Rotation& r = rotation(dim_);
+    const Rotation& r = sketch.turned_by();
     kernels().rotate(r.matrix.data(), dim_, unit, 1, rotated);
     kernels().code_query(rotated, dim_, &query);
-    query.start = -int32_t((255 * int64_t(query.digit_sum)) >> 1);
     query.unit = float(row.length * query.step);
     query.centre = float(row.length * double((centre[0] + centre[1]) + (centre[2] + centre[3])));
     // <q,k> - <q~,k~> = <q~, k - k~> + <q - q~, k> with |q~| <= (1 + rho) |q|, |q - q~| <= rho |q|.

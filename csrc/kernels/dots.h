@@ -150,9 +150,10 @@ private:
     int32_t sum = 0;
 };
 inline Words started(int32_t start) { return (Words)_mm256_set1_epi32(start); }
-inline Words dot2(Words sum, Bytes nibbles, int32_t digits) {
-    return sum + (Words)_mm256_maddubs_epi16((__m256i)nibbles, _mm256_set1_epi32(digits));
+inline Words dot2(Words sum, Bytes codes, Bytes digits) {
+    return sum + (Words)_mm256_maddubs_epi16((__m256i)codes, (__m256i)digits);
 }
+inline Words dot2(Words sum, Bytes codes, int32_t digits) { return dot2(sum, codes, (Bytes)_mm256_set1_epi32(digits)); }
 inline Ints widen(Words sums, int16_t factor = 1) {
     return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(factor));
 }
@@ -169,7 +170,8 @@ struct PlaneSum {
 };
 
 // GCC would keep half of a loop's sums in memory, for want of one register: here it must have them in one each.
-inline Ints in_register(Ints x) {
+template <class V>
+inline V in_register(V x) {
     asm("" : "+x"(x));
     return x;
 }
@@ -177,6 +179,11 @@ inline Ints in_register(Ints x) {
 // A code of 8 bits meets a digit, and two products must stay inside 16 bits. So the digits of a query get a step at
 // which two of them that stand together sum to at most 128: 255 * 128 = 32640.
 constexpr bool kDigitPairs = true;
+// Against panels, the eight products that meet in a word (kernels.h) share a sum of 16 bits. It may wrap on the way: in
+// the end, started at -127.5 times the digits, it is the sum of (code - 127.5) * digit, no more than kEightNorm times
+// the norm of the eight's digits, which their step keeps below kDigitNorm: 210 * 156 = 32760.
+#define HSR_SUMS_OF_EIGHTS
+constexpr float kDigitNorm = 156.0f;
 inline Ints add_scores(Ints sum, Bytes codes, int32_t digits) {
     return in_register(sum + widen((Words)_mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(digits))));
 }

@@ -21,14 +21,17 @@ enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 inline size_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // Layout of key codes. A key k (centred and rotated) has the 8-bit code c in [0, 255] per dimension and
-// a step s: k ~ s (c - 127.5). The high 4 bits h of c are the first plane, the low 4 bits l the second;
-// alone the first plane says k ~ 16 s (h - 7.5). A block holds 16 keys, dimension-major:
+// a step s: k ~ s (c - 127.5), as small as every |c - 127.5| <= 127.5 and every eight's norm of them <= kEightNorm
+// allow. An eight is what stands first (or last) in four fours of dimensions: of 16 i + {0, 1, 4, 5, 8, 9, 12, 13}, the
+// others. The high 4 bits h of c are the first plane, the low 4 bits l the second; alone the first plane says k ~ 16 s
+// (h - 7.5). A block holds 16 keys, dimension-major:
 //   byte [p * 64 + key * 4 + j], low nibble: dimension 8 p + j, high nibble: dimension 8 p + 4 + j,
 // so that a 64-byte load holds 4 dimensions of 16 keys twice, in the order of 8-bit dot products.
 // Behind the codes of the first plane stand step[16] and residual4[16], behind the second residual8[16],
 // all bfloat16 rounded up: residual8 >= |k - decoded k|_2, and residual4 >= |k - decoded k|_2 +
 // kQueryShare |k|_2, which pays for that much relative error of the query's first digits.
 constexpr double kQueryShare = 0.0065;
+constexpr float kEightNorm = 210.0f;
 inline int padded8(int dim) { return (dim + 7) / 8 * 8; }
 inline int padded16(int dim) { return (dim + 15) / 16 * 16; }
 inline size_t code_bytes(int dim) { return size_t(padded8(dim)) / 8 * 64; }
@@ -105,7 +108,8 @@ constexpr size_t kPanelBlocks = 64, kPanelKeys = kPanelBlocks * kBlock;
 constexpr int kDenseRows = 6, kDenseStride = 8;  // queries whose weights [key][kDenseStride] meet values as a matrix
 constexpr size_t kSumPiece = 64;                 // float32 sums start afresh after so many keys: long chains round more
 constexpr int kCurve = 16;                       // points of the curve of a sample's mass, a factor of two apart
-inline size_t panel_bytes(int dim) { return kPanelKeys * size_t(padded8(dim)); }
+// Whole fours of fours are read, also behind the last key.
+inline size_t panel_bytes(int dim) { return kPanelKeys * size_t(padded8(dim)) + 512; }
 struct CodedPanel {
     uint8_t* codes;  // [panel_bytes(dim)]
     float* steps;    // [kPanelBlocks * 16]
@@ -116,7 +120,10 @@ struct CodedPanel {
 struct PanelQuery {
     int8_t digits[kMaxHeadDim];  // [padded16(dim)]
     float step, rest;            // q / |q| ~ step * digits, off by at most `rest`
-    int32_t digit_sum, start;    // start: -127.5 digit_sum, rounded
+    // What the sums of digits * code start from, of each eight and of all: -127.5 times the digits, in all off by no
+    // more than 1/2.
+    int16_t starts[kMaxHeadDim / 8];
+    int32_t start;
     // Set by the caller: logit = unit * (key's step) * (start + dot) + centre, in units of log 2.
     float unit, centre;
 };
@@ -144,6 +151,8 @@ struct Kernels {
     const char* name;
 
     void (*to_float)(Dtype dtype, const void* source, float* target, size_t count);
+    // whether |x| <= limit for all of them, which NaN is not
+    bool (*all_within)(Dtype dtype, const void* source, size_t count, float limit);
     // y[count][padded16(dim)] = x[count][dim] times matrix[dim][padded16(dim)] (row-major)
     void (*rotate)(const float* matrix, int dim, const float* x, size_t count, float* y);
     // Code 16 rotated keys y[16][padded16(dim)]; norms2 are the squared norms before rotation.

@@ -36,6 +36,15 @@ void to_float(Dtype dtype, const void* source, float* target, size_t count) {
     }
 }
 
+bool all_within(Dtype dtype, const void* source, size_t count, float limit) {
+    const f32x16 most = splat(limit);
+    uint32_t within = 0xffffu;
+    size_t i = 0;
+    for (; i + 16 <= count; i += 16) within &= mask_ge(most, abs_of(load_row(dtype, source, int(i))));
+    if (i < count) within &= mask_ge(most, abs_of(load_row_part(dtype, source, int(i), int(count - i))));
+    return within == 0xffffu;
+}
+
 void rotate(const float* matrix, int dim, const float* x, size_t count, float* y) {
     const int wide = (dim + 15) / 16 * 16;
     for (size_t row = 0; row < count; ++row, x += dim, y += wide) {
@@ -60,6 +69,27 @@ inline double sum_of(f64x8 s) {
     double lanes[8];
     store(lanes, s);
     return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+// Sums over the two eights (kernels.h) of sixteen coordinates.
+inline void sums_of_eights(f32x16 x, float sums[2]) {
+    float fours[8];
+    store(fours, lower(x) + upper(x));
+    sums[0] = (fours[0] + fours[1]) + (fours[4] + fours[5]);
+    sums[1] = (fours[2] + fours[3]) + (fours[6] + fours[7]);
+}
+
+// The largest norm of an eight of y * scale.
+inline float norm_of_eights(const float* y, int wide, float scale) {
+    float most = 0;
+    for (int at = 0; at < wide; at += 16) {
+        const f32x16 x = load<f32x16>(y + at) * scale;
+        float squares[2];
+        sums_of_eights(x * x, squares);
+        for (float own : squares)
+            if (own > most) most = own;
+    }
+    return float(__builtin_sqrt(double(most)));
 }
 
 // What becomes the digit 127.
@@ -136,7 +166,10 @@ void code_keys(int dim, const float* y, const double* norms, double relative_sla
         } else {
             f32x16 top = {};
             for (int at = 0; at < wide; at += 16) top = max_of(top, abs_of(load<f32x16>(y + at)));
-            step_bits = bfloat16_up(max_of_lanes(top) * (1.000001f / 127.5f));
+            const float fine = max_of_lanes(top) * (1.000001f / 127.5f);
+            // A code is off by a half, an eight by sqrt(2).
+            const float excess = norm_of_eights(y, wide, 1.0f / fine) / (kEightNorm - 1.5f);
+            step_bits = bfloat16_up(excess > 1 ? fine * excess * 1.00001f : fine);
             const float step = bfloat16_value(step_bits), inverse = 1.0f / step;
             f64x8 sum4 = {}, sum8 = {};
             alignas(64) uint8_t codes[kMaxHeadDim];
@@ -763,6 +796,7 @@ const Kernels& table();
 const Kernels& table() {
     static const Kernels all = {HSR_TEXT(HSR_LEVEL),
                                 to_float,
+                                all_within,
                                 rotate,
                                 code_keys,
                                 code_value,

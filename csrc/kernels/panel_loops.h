@@ -45,70 +45,139 @@ void unpack_panel(const uint8_t* high, const uint8_t* low, int dim, size_t block
 // q ~ step * digits for one rotated query y; `rest` = |y - decoded|, from above.
 void code_query(const float* y, int dim, PanelQuery* query) {
     const int wide = (dim + 15) / 16 * 16;
-    const float most = most_of(y, wide);
+    float most = most_of(y, wide);
+#if defined(HSR_SUMS_OF_EIGHTS)
+    if (most > 0) {  // a digit is off by a half, an eight by sqrt(2)
+        const float excess = norm_of_eights(y, wide, 127.0f / most) / (kDigitNorm - 1.5f);
+        if (excess > 1) most *= excess * 1.00001f;
+    }
+#endif
     const float step = most > 0 ? most / 127.0f : 1.0f, inverse = 1.0f / step;
-    i32x16 sum = {};
     f32x16 rest = {};
+    int32_t twice = 0;  // the digits so far, times 255
+    query->start = 0;
     for (int at = 0; at < wide; at += 16) {
         const f32x16 x = load<f32x16>(y + at) * inverse, half = select(x < f32x16{}, splat(-0.5f), splat(0.5f));
         // at most 127.5: truncated to 127
         const i32x16 digit = max_of(min_of(convert<i32x16>(x + half), splat(127)), splat(-127));
-        const f32x16 left = x - convert<f32x16>(digit);
+        const f32x16 rounded = convert<f32x16>(digit), left = x - rounded;
         rest += left * left;
-        sum += digit;
         store(query->digits + at, signed_bytes(digit));
+        float sums[2];
+        sums_of_eights(rounded, sums);
+        for (int j = 0; j < 2; ++j) {
+            twice += 255 * int32_t(sums[j]);
+            // All starts so far are half of -twice, rounded down: each is off by at most a half, and so are all.
+            const int32_t start = (-twice >> 1) - query->start;
+            query->starts[at / 8 + j] = int16_t(start);
+            query->start += start;
+        }
     }
-    int32_t lanes[16], total = 0;
-    store(lanes, sum);
-    for (int lane : lanes) total += lane;
-    query->digit_sum = total;
     query->step = step;
     // sqrt of the float sum, raised by its rounding and by that of x (127 * 2^-23 a coordinate).
     query->rest =
         step * (float(__builtin_sqrt(double(sum_of(rest)))) * 1.00001f + 3e-5f * float(__builtin_sqrt(double(dim))));
 }
 
+// Logits of some keys from the sums of digits * (code - 127.5). What the starts were rounded by, half a unit at most,
+// stands in the band (DESIGN.md, "Prompts").
+inline Floats logits_of(const Ints& sum, const float* steps, const PanelQuery& query) {
+    return convert<Floats>(sum) * load<Floats>(steps) * query.unit + query.centre;
+}
+
+#if defined(HSR_SUMS_OF_EIGHTS)
+
+// Of four fours of dimensions: a query's digits and their start, each in all lanes.
+struct SpreadDigits {
+    Bytes digits[4];
+    Words start;
+};
+
+// logits[q][64 * word + i] for `words` words of the panel.
 template <int Queries>
-inline void score_word(const uint8_t* codes, const float* steps, int count, const PanelQuery* queries, float* logits,
-                       size_t stride) {
-    for (int first = 0; first < 4 * kParts; first += kMicroRegisters) {
-        Ints sum[kMicroRegisters][Queries];
-        // sum of digits * (code - 127.5) = dot - 127.5 digit_sum; half a unit at most is rounded away
-        // here, and stands in the band (DESIGN.md, "Prompts").
-        for (int q = 0; q < Queries; ++q)
-            for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = splat_to<Ints>(queries[q].start);
-        for (int p = 0; p < count; ++p) {
-            const uint8_t* from = codes + p * 256 + first * kRegisterBytes;
-            Bytes block[kMicroRegisters];
-            for (int r = 0; r < kMicroRegisters; ++r) block[r] = load<Bytes>(from + r * kRegisterBytes);
-            for (int q = 0; q < Queries; ++q) {
-                const int32_t digits = four_digits(queries[q].digits + 4 * p);
-                for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = add_scores(sum[r][q], block[r], digits);
-            }
+inline void score_words(const CodedPanel* panel, int fours, size_t words, const PanelQuery* queries, float* logits,
+                        size_t stride) {
+    const int groups = (fours + 3) / 4;
+    SpreadDigits spread[kMaxHeadDim / 16][Queries];
+    for (int g = 0; g < groups; ++g)
+        for (int q = 0; q < Queries; ++q) {
+            for (int p = 0; p < 4; ++p)
+                spread[g][q].digits[p] = as<Bytes>(splat_to<Ints>(four_digits(queries[q].digits + 16 * g + 4 * p)));
+            int32_t start;
+            __builtin_memcpy(&start, queries[q].starts + 2 * g, 4);
+            spread[g][q].start = started(start);
         }
-        for (int r = 0; r < kMicroRegisters; ++r) {
-            const int at = (first + r) * kPartLanes;
-            const Floats step = load<Floats>(steps + at);
+    for (size_t word = 0; word < words; ++word) {
+        for (int first = 0; first < 64; first += 2 * kPartLanes) {
+            Ints sums[Queries][2];
+            const uint8_t* from = panel->codes + word * size_t(fours) * 256 + size_t(first) * 4;
+            const auto add = [&](auto begins, const SpreadDigits* own) {
+                Bytes codes[4][2];
+                for (int p = 0; p < 4; ++p)
+                    for (int r = 0; r < 2; ++r) codes[p][r] = load<Bytes>(from + p * 256 + r * kRegisterBytes);
+#pragma GCC unroll 1
+                for (int q = 0; q < Queries; ++q) {
+                    Words sum[2] = {own[q].start, own[q].start};
+                    for (int p = 0; p < 4; ++p) {
+                        const Bytes digits = in_register(own[q].digits[p]);
+                        for (int r = 0; r < 2; ++r) sum[r] = in_register(dot2(sum[r], codes[p][r], digits));
+                    }
+                    for (int r = 0; r < 2; ++r)
+                        sums[q][r] = decltype(begins)::value ? widen(sum[r]) : sums[q][r] + widen(sum[r]);
+                }
+                from += 4 * 256;
+                asm("" ::: "memory");  // one group after another: the codes of two do not fit the registers
+            };
+            add(Number<true>(), spread[0]);
+            for (int g = 1; g < groups; ++g) add(Number<false>(), spread[g]);
+            const size_t key = word * 64 + size_t(first);
             for (int q = 0; q < Queries; ++q)
-                store(logits + q * stride + at,
-                      convert<Floats>(sum[r][q]) * step * queries[q].unit + queries[q].centre);
+                for (int r = 0; r < 2; ++r)
+                    store(logits + size_t(q) * stride + key + r * kPartLanes,
+                          logits_of(sums[q][r], panel->steps + key + r * kPartLanes, queries[q]));
         }
     }
 }
 
-// logits[q][64 * word + i] for `words` words of the panel.
+#else
+
+template <int Queries>
+inline void score_words(const CodedPanel* panel, int fours, size_t words, const PanelQuery* queries, float* logits,
+                        size_t stride) {
+    for (size_t word = 0; word < words; ++word) {
+        for (int first = 0; first < 4 * kParts; first += kMicroRegisters) {
+            Ints sum[kMicroRegisters][Queries];
+            for (int q = 0; q < Queries; ++q)
+                for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = splat_to<Ints>(queries[q].start);
+            for (int p = 0; p < fours; ++p) {
+                const uint8_t* from = panel->codes + (word * size_t(fours) + size_t(p)) * 256 + first * kRegisterBytes;
+                Bytes block[kMicroRegisters];
+                for (int r = 0; r < kMicroRegisters; ++r) block[r] = load<Bytes>(from + r * kRegisterBytes);
+                for (int q = 0; q < Queries; ++q) {
+                    const int32_t digits = four_digits(queries[q].digits + 4 * p);
+                    for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = dot4(sum[r][q], block[r], digits);
+                }
+            }
+            for (int r = 0; r < kMicroRegisters; ++r) {
+                const size_t key = word * 64 + size_t((first + r) * kPartLanes);
+                for (int q = 0; q < Queries; ++q)
+                    store(logits + size_t(q) * stride + key, logits_of(sum[r][q], panel->steps + key, queries[q]));
+            }
+        }
+    }
+}
+
+#endif
+
 void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuery* queries, int count, float* logits,
                  size_t stride) {
-    const int steps = (dim + 7) / 8 * 2;
+    const int fours = (dim + 7) / 8 * 2;
     for (int first = 0; first < count; first += kMicroQueries) {
         const int here = count - first < kMicroQueries ? count - first : kMicroQueries;
-        const auto score = [&](auto number) {
-            for (size_t word = 0; word < words; ++word)
-                score_word<decltype(number)::value>(panel->codes + word * size_t(steps) * 256, panel->steps + word * 64,
-                                                    steps, queries + first, logits + size_t(first) * stride + word * 64,
-                                                    stride);
-        };
-        with_number<kMicroQueries>(here, score);
+        with_number<kMicroQueries>(here, [&](auto number) {
+            score_words<decltype(number)::value>(panel, fours, words, queries + first, logits + size_t(first) * stride,
+                                                 stride);
+        });
     }
 }
 

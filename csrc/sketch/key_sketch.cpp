@@ -94,7 +94,7 @@ void PreparedQuery::prepare(const KeySketch& sketch, const float* query, double 
     const double to_unit = norm > 0 ? 1.0 / norm : 0.0;
     for (int i = 0; i < dim; ++i) unit_query[i] = float(query[i] * to_unit);
     const double centre = to_unit * kernels().dot64(Dtype::float32, query, sketch.centre().data(), dim);
-    const Rotation& r = rotation(dim);
+    const Rotation& r = sketch.turned_by();
     kernels().rotate(r.matrix.data(), dim, unit_query, 1, rotated);
     QueryDigits digits;
     kernels().split_query(rotated, dim, high, low, &digits);

@@ -16,6 +16,7 @@ public:
     explicit KeySketch(int dim) : dim_(dim), rotation_(&rotation(dim)), centre_(size_t(dim), 0.0f) {}
 
     int dim() const { return dim_; }
+    const Rotation& turned_by() const { return *rotation_; }
     size_t blocks() const { return blocks_; }
     size_t coded() const { return blocks_ * kBlock; }
     size_t nbytes() const { return blocks_ * (high_stride(dim_) + low_stride(dim_)); }

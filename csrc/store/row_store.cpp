@@ -1,10 +1,18 @@
 #include "store/row_store.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
+#include "threads.h"
+
 namespace hsr {
+namespace {
+
+constexpr size_t kManyBytes = 1u << 18;  // from here on, worth waking other threads for
+
+}  // namespace
 
 void TokenArray::read(int64_t b, int64_t h, int64_t t, float* row) const {
     const auto* first = static_cast<const uint8_t*>(data) +
@@ -17,22 +25,42 @@ void TokenArray::read(int64_t b, int64_t h, int64_t t, float* row) const {
         kernels().to_float(dtype, first + i * dim_stride * int64_t(item_size(dtype)), row + i, 1);
 }
 
+bool TokenArray::within(int64_t b, int64_t h, int64_t t, float limit) const {
+    const auto* first = static_cast<const uint8_t*>(data) +
+                        (b * batch_stride + h * head_stride + t * token_stride) * int64_t(item_size(dtype));
+    if (dim_stride == 1 || dim == 1) return kernels().all_within(dtype, first, size_t(dim), limit);
+    bool all = true;
+    for (int64_t i = 0; i < dim; ++i)
+        all &= kernels().all_within(dtype, first + i * dim_stride * int64_t(item_size(dtype)), 1, limit);
+    return all;
+}
+
 bool TokenArray::find_bad(float limit, int64_t place[4]) const {
+    const size_t rows = size_t(batch * heads * tokens);
+    std::atomic<size_t> worst{rows};  // the first row with a bad number
+    const auto look = [&](size_t first, size_t last) {
+        for (size_t at = first; at < last; ++at) {
+            const int64_t head = int64_t(at) / tokens;
+            if (within(head / heads, head % heads, int64_t(at) % tokens, limit)) continue;
+            size_t known = worst;
+            while (at < known && !worst.compare_exchange_weak(known, at)) {}
+            return;
+        }
+    };
+    if (rows * size_t(dim) * item_size(dtype) < kManyBytes) {
+        look(0, rows);
+    } else {
+        const size_t pieces = 8 * size_t(num_threads());
+        parallel_for(pieces, [&](size_t piece) { look(rows * piece / pieces, rows * (piece + 1) / pieces); });
+    }
+    if (worst == rows) return false;
+    const int64_t head = int64_t(worst.load()) / tokens;
+    place[0] = head / heads, place[1] = head % heads, place[2] = int64_t(worst.load()) % tokens;
     std::vector<float> row(static_cast<size_t>(dim));
-    for (int64_t b = 0; b < batch; ++b)
-        for (int64_t h = 0; h < heads; ++h)
-            for (int64_t t = 0; t < tokens; ++t) {
-                read(b, h, t, row.data());
-                bool good = true;
-                for (float x : row) good &= std::fabs(x) <= limit;
-                if (good) continue;
-                for (int64_t i = 0; i < dim; ++i)
-                    if (!(std::fabs(row[size_t(i)]) <= limit)) {
-                        place[0] = b, place[1] = h, place[2] = t, place[3] = i;
-                        return true;
-                    }
-            }
-    return false;
+    read(place[0], place[1], place[2], row.data());
+    const auto bad = std::find_if(row.begin(), row.end(), [&](float x) { return !(std::fabs(x) <= limit); });
+    place[3] = bad - row.begin();
+    return true;
 }
 
 RowStore::RowStore(int heads, int dim, Dtype dtype, const std::string& directory)
@@ -71,23 +99,31 @@ void RowStore::append(const TokenArray& array) {
     const bool read_elsewhere = size_ < written_ && buffer_.use_count() > 1;  // cropped, and somebody reads the rest
     if (read_elsewhere || buffer_->inherited()) replace(bytes);
     reserve(bytes);
-    uint8_t* to = buffer_->data() + size_ * token_bytes();
-    const size_t item = item_size(dtype_);
+    const size_t item = item_size(dtype_), tokens = size_t(array.tokens);
     const bool plain = array.dim_stride == 1 || array.dim == 1;
-    for (int64_t t = 0; t < array.tokens; ++t)
-        for (int64_t b = 0; b < array.batch; ++b)
-            for (int64_t h = 0; h < array.heads; ++h, to += row_bytes_) {
-                const auto* from =
-                    static_cast<const uint8_t*>(array.data) +
-                    (b * array.batch_stride + h * array.head_stride + t * array.token_stride) * int64_t(item);
-                if (plain) {
-                    std::memcpy(to, from, row_bytes_);
-                } else {
-                    for (int64_t i = 0; i < array.dim; ++i)
-                        std::memcpy(to + size_t(i) * item, from + i * array.dim_stride * int64_t(item), item);
+    const auto copy = [&](size_t first, size_t last) {
+        uint8_t* to = buffer_->data() + (size_ + first) * token_bytes();
+        for (int64_t t = int64_t(first); t < int64_t(last); ++t)
+            for (int64_t b = 0; b < array.batch; ++b)
+                for (int64_t h = 0; h < array.heads; ++h, to += row_bytes_) {
+                    const auto* from =
+                        static_cast<const uint8_t*>(array.data) +
+                        (b * array.batch_stride + h * array.head_stride + t * array.token_stride) * int64_t(item);
+                    if (plain) {
+                        std::memcpy(to, from, row_bytes_);
+                    } else {
+                        for (int64_t i = 0; i < array.dim; ++i)
+                            std::memcpy(to + size_t(i) * item, from + i * array.dim_stride * int64_t(item), item);
+                    }
                 }
-            }
-    size_ += size_t(array.tokens);
+    };
+    if (tokens * token_bytes() < kManyBytes) {
+        copy(0, tokens);
+    } else {
+        const size_t pieces = 8 * size_t(num_threads());
+        parallel_for(pieces, [&](size_t piece) { copy(tokens * piece / pieces, tokens * (piece + 1) / pieces); });
+    }
+    size_ += tokens;
     written_ = std::max(written_, size_);
 }
 

@@ -20,6 +20,8 @@ struct TokenArray {
 
     // Row of one (batch, head, token) as float32.
     void read(int64_t b, int64_t h, int64_t t, float* row) const;
+    // Whether none of it is NaN, infinite or above `limit` in size.
+    bool within(int64_t b, int64_t h, int64_t t, float limit) const;
     // Index of the first (b, h, t, i) that is NaN, infinite or above `limit` in size, or false.
     bool find_bad(float limit, int64_t place[4]) const;
 };

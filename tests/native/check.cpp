@@ -156,6 +156,68 @@ void attention(Dtype dtype, int64_t dim, int64_t m, Rule rule, std::mt19937& rng
     check(what, broken == 0 && error / size < (relu ? 1e-5 : 0.02), found);
 }
 
+// A rotated vector of one of the shapes that codes of 8 bits are hardest on: their sums in 16 bits come closest to the
+// edge where all coordinates, or all of an eight (kernels.h), are large.
+std::vector<float> shaped(int shape, int dim, std::mt19937& rng) {
+    std::normal_distribution<float> normal;
+    std::vector<float> y(size_t(padded16(dim)), 0.0f);
+    for (int i = 0; i < dim; ++i) {
+        const float sign = rng() % 2 ? 1.0f : -1.0f;
+        const float of_shape[] = {1, sign, i / 2 % 2 ? 1.0f : 0.1f, i < 16 ? sign : 0.2f * sign, normal(rng)};
+        y[size_t(i)] = of_shape[shape];
+    }
+    const float length = float(std::sqrt(dot(y.data(), y.data(), dim)));
+    for (float& x : y) x /= length;
+    return y;
+}
+
+// Scores of panels lie within the bands that their codes promise.
+void panel(int dim, std::mt19937& rng) {
+    constexpr int kShapes = 5, kKeys = 64, kQueries = 6;
+    double largest = 0;
+    int64_t wrong = 0;
+    for (int turn = 0; turn < 20; ++turn) {
+        std::vector<std::vector<float>> keys, queries;
+        std::vector<uint8_t> high(kKeys / kBlock * high_stride(dim)), low(kKeys / kBlock * low_stride(dim));
+        for (int block = 0; block < kKeys / kBlock; ++block) {
+            std::vector<float> rotated;
+            double norms[kBlock];
+            for (double& norm : norms) {
+                keys.push_back(shaped(int(rng() % kShapes), dim, rng));
+                rotated.insert(rotated.end(), keys.back().begin(), keys.back().end());
+                norm = 1.0;
+            }
+            kernels().code_keys(dim, rotated.data(), norms, 1e-6, high.data() + size_t(block) * high_stride(dim),
+                                low.data() + size_t(block) * low_stride(dim));
+        }
+        std::vector<uint8_t> codes(panel_bytes(dim) + 64);
+        std::vector<float> steps(kPanelKeys), logits(kQueries * kKeys);
+        CodedPanel coded{codes.data() + (64 - reinterpret_cast<uintptr_t>(codes.data()) % 64) % 64, steps.data(), 0, 0};
+        kernels().unpack_panel(high.data(), low.data(), dim, kKeys / kBlock, 0, &coded);
+        std::vector<PanelQuery> panel_queries(kQueries);
+        for (PanelQuery& query : panel_queries) {
+            queries.push_back(shaped(int(rng() % kShapes), dim, rng));
+            kernels().code_query(queries.back().data(), dim, &query);
+            query.unit = query.step;
+            query.centre = 0;
+        }
+        const int count = 1 + turn % kQueries;
+        kernels().score_panel(&coded, dim, 1, panel_queries.data(), count, logits.data(), kKeys);
+        for (int q = 0; q < count; ++q)
+            for (int k = 0; k < kKeys; ++k) {
+                const PanelQuery& query = panel_queries[size_t(q)];
+                const double off = std::fabs(dot(queries[size_t(q)].data(), keys[size_t(k)].data(), dim) -
+                                             double(logits[size_t(q * kKeys + k)]));
+                const double band = (1 + double(query.rest)) * double(coded.residual) + double(query.rest) +
+                                    0.5 * double(query.unit) * double(coded.step) + 1e-4;
+                wrong += off > band;
+                largest = std::max(largest, off / band);
+            }
+    }
+    check("panel, d = " + std::to_string(dim), wrong == 0,
+          std::to_string(wrong) + " wrong, off by " + std::to_string(largest) + " of the band");
+}
+
 template <class Index>
 void sketched(const char* name, int dim, std::mt19937& rng) {
     const int64_t n = 5000, m = 20;
@@ -221,6 +283,7 @@ int main() {
             for (Rule rule : {Rule::epsilon, Rule::relu})
                 for (int64_t m : {1, 40})
                     for (int64_t dim : {40, 64, 80}) attention(dtype, dim, m, rule, rng);
+        for (int dim : {8, 40, 64, 80, 128, 256}) panel(dim, rng);
         sketched<SketchIndex>("sketch index", 64, rng);
         sketched<FlatIndex>("flat index", 24, rng);
         structure<tree::ConvexLayers>("convex layers", 2, rng);
