@@ -32,9 +32,11 @@ struct Facts {
     AttendWork work;
 };
 
-nb::ndarray<nb::numpy, float> numbers_of(const nb::handle_t<Facts>& self) {
+nb::ndarray<nb::numpy, float> number_of(const nb::handle_t<Facts>& self, size_t which) {
     auto& facts = nb::cast<Facts&>(self);
-    return nb::ndarray<nb::numpy, float>(facts.numbers.data(), {5, facts.batch, facts.heads, facts.tokens}, self);
+    if (which >= 5) throw std::out_of_range("which must be below 5, got " + std::to_string(which));
+    float* const from = facts.numbers.data() + which * facts.batch * facts.heads * facts.tokens;
+    return nb::ndarray<nb::numpy, float>(from, {facts.batch, facts.heads, facts.tokens}, self);
 }
 
 nb::dict work_of(const Facts& facts) {
@@ -156,7 +158,7 @@ nb::object rows_view(const LayerCache& cache, bool keys) {
 }  // namespace
 
 void init_cache(nb::module_& m) {
-    nb::class_<Facts>(m, "Facts").def("numbers", &numbers_of).def("work", &work_of);
+    nb::class_<Facts>(m, "Facts").def("number", &number_of, "which"_a).def("work", &work_of);
     nb::class_<AttendSettings>(m, "AttendSettings")
         .def(
             "__init__",

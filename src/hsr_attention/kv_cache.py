@@ -306,7 +306,8 @@ class KVCache:
         if facts is None:
             return out, None
         if not address:
-            facts.numbers()[0] += arguments.output_rounding(q, answer)
+            bound = facts.number(0)
+            bound += arguments.output_rounding(q, answer)
         return out, Certificate.of_call(facts)
 
     def _key_mask(self, mask: Any, batch: int, m: int, n: int) -> NDArray[np.uint8]:

@@ -45,20 +45,20 @@ class Certificate:
 
     @classmethod
     def of_call(cls, facts: Any) -> Certificate:
-        """Return that of a native call, whose numbers become arrays when one is first asked for."""
+        """Return that of a native call; a number becomes an array when it is first asked for."""
         certificate = object.__new__(cls)
         certificate.__dict__["_facts"] = facts  # the fields are missing: see __getattr__
         return certificate
 
     def __getattr__(self, name: str) -> Any:
         facts = self.__dict__.get("_facts")
-        if facts is not None and name in Certificate.__dataclass_fields__:
-            found = (*facts.numbers(), facts.work())
-            self.__dict__.update(zip(Certificate.__dataclass_fields__, found, strict=True))
-            self.__dict__.pop("_facts", None)
-        if name not in self.__dict__:  # another thread may have been first
+        if facts is None or name not in _FIELDS:
             raise AttributeError(f"'Certificate' object has no attribute '{name}'")
-        return self.__dict__[name]
+        found = facts.work() if name == "work" else facts.number(_FIELDS.index(name))
+        return self.__dict__.setdefault(name, found)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Certificate, tuple(getattr(self, name) for name in Certificate.__dataclass_fields__)
+        return Certificate, tuple(getattr(self, name) for name in _FIELDS)
+
+
+_FIELDS = tuple(Certificate.__dataclass_fields__)  # the native numbers stand in this order
