@@ -79,105 +79,104 @@ void code_query(const float* y, int dim, PanelQuery* query) {
         step * (float(__builtin_sqrt(double(sum_of(rest)))) * 1.00001f + 3e-5f * float(__builtin_sqrt(double(dim))));
 }
 
-// Logits of some keys from the sums of digits * (code - 127.5). What the starts were rounded by, half a unit at most,
-// stands in the band (DESIGN.md, "Prompts").
-inline Floats logits_of(const Ints& sum, const float* steps, const PanelQuery& query) {
-    return convert<Floats>(sum) * load<Floats>(steps) * query.unit + query.centre;
-}
-
+// Digits of a few queries, ready to meet panels. `add_up`: the sums of digits * (code - 127.5) of some registers of
+// keys, whose first four of dimensions stands at `from`.
 #if defined(HSR_SUMS_OF_EIGHTS)
-
-// Of four fours of dimensions: a query's digits and their start, each in all lanes.
-struct SpreadDigits {
-    Bytes digits[4];
-    Words start;
-};
-
-// logits[q][64 * word + i] for `words` words of the panel.
 template <int Queries>
-inline void score_words(const CodedPanel* panel, int fours, size_t words, const PanelQuery* queries, float* logits,
-                        size_t stride) {
-    const int groups = (fours + 3) / 4;
-    SpreadDigits spread[kMaxHeadDim / 16][Queries];
-    for (int g = 0; g < groups; ++g)
-        for (int q = 0; q < Queries; ++q) {
-            for (int p = 0; p < 4; ++p)
-                spread[g][q].digits[p] = as<Bytes>(splat_to<Ints>(four_digits(queries[q].digits + 16 * g + 4 * p)));
-            int32_t start;
-            __builtin_memcpy(&start, queries[q].starts + 2 * g, 4);
-            spread[g][q].start = started(start);
-        }
-    for (size_t word = 0; word < words; ++word) {
-        for (int first = 0; first < 64; first += 2 * kPartLanes) {
-            Ints sums[Queries][2];
-            const uint8_t* from = panel->codes + word * size_t(fours) * 256 + size_t(first) * 4;
-            const auto add = [&](auto begins, const SpreadDigits* own) {
-                Bytes codes[4][2];
+struct PanelDigits {
+    struct Group {  // of four fours of dimensions: digits and the start of their sum, each in all lanes
+        Bytes digits[4];
+        Words start;
+    };
+    Group groups[kMaxHeadDim / 16][Queries];
+    int count;
+
+    PanelDigits(const PanelQuery* queries, int fours) : count((fours + 3) / 4) {
+        for (int g = 0; g < count; ++g)
+            for (int q = 0; q < Queries; ++q) {
                 for (int p = 0; p < 4; ++p)
-                    for (int r = 0; r < 2; ++r) codes[p][r] = load<Bytes>(from + p * 256 + r * kRegisterBytes);
+                    groups[g][q].digits[p] = as<Bytes>(splat_to<Ints>(four_digits(queries[q].digits + 16 * g + 4 * p)));
+                int32_t start;
+                __builtin_memcpy(&start, queries[q].starts + 2 * g, 4);
+                groups[g][q].start = started(start);
+            }
+    }
+    void add_up(const uint8_t* from, Ints (&sums)[kMicroRegisters][Queries]) const {
+        const auto add = [&](auto begins, const Group* own) {
+            Bytes codes[4][kMicroRegisters];
+            for (int p = 0; p < 4; ++p)
+                for (int r = 0; r < kMicroRegisters; ++r)
+                    codes[p][r] = load<Bytes>(from + p * 256 + r * kRegisterBytes);
 #pragma GCC unroll 1
-                for (int q = 0; q < Queries; ++q) {
-                    Words sum[2] = {own[q].start, own[q].start};
-                    for (int p = 0; p < 4; ++p) {
-                        const Bytes digits = in_register(own[q].digits[p]);
-                        for (int r = 0; r < 2; ++r) sum[r] = in_register(dot2(sum[r], codes[p][r], digits));
-                    }
-                    for (int r = 0; r < 2; ++r)
-                        sums[q][r] = decltype(begins)::value ? widen(sum[r]) : sums[q][r] + widen(sum[r]);
+            for (int q = 0; q < Queries; ++q) {
+                Words sum[kMicroRegisters];
+                for (Words& one : sum) one = own[q].start;
+                for (int p = 0; p < 4; ++p) {
+                    const Bytes digits = in_register(own[q].digits[p]);
+                    for (int r = 0; r < kMicroRegisters; ++r) sum[r] = in_register(dot2(sum[r], codes[p][r], digits));
                 }
-                from += 4 * 256;
-                asm("" ::: "memory");  // one group after another: the codes of two do not fit the registers
-            };
-            add(Number<true>(), spread[0]);
-            for (int g = 1; g < groups; ++g) add(Number<false>(), spread[g]);
-            const size_t key = word * 64 + size_t(first);
-            for (int q = 0; q < Queries; ++q)
-                for (int r = 0; r < 2; ++r)
-                    store(logits + size_t(q) * stride + key + r * kPartLanes,
-                          logits_of(sums[q][r], panel->steps + key + r * kPartLanes, queries[q]));
-        }
+                for (int r = 0; r < kMicroRegisters; ++r)
+                    sums[r][q] = decltype(begins)::value ? widen(sum[r]) : sums[r][q] + widen(sum[r]);
+            }
+            from += 4 * 256;
+            asm("" ::: "memory");  // one group after another: the codes of two do not fit the registers
+        };
+        add(Number<true>(), groups[0]);
+        for (int g = 1; g < count; ++g) add(Number<false>(), groups[g]);
     }
-}
-
+};
 #else
-
 template <int Queries>
-inline void score_words(const CodedPanel* panel, int fours, size_t words, const PanelQuery* queries, float* logits,
-                        size_t stride) {
-    for (size_t word = 0; word < words; ++word) {
-        for (int first = 0; first < 4 * kParts; first += kMicroRegisters) {
-            Ints sum[kMicroRegisters][Queries];
-            for (int q = 0; q < Queries; ++q)
-                for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = splat_to<Ints>(queries[q].start);
-            for (int p = 0; p < fours; ++p) {
-                const uint8_t* from = panel->codes + (word * size_t(fours) + size_t(p)) * 256 + first * kRegisterBytes;
-                Bytes block[kMicroRegisters];
-                for (int r = 0; r < kMicroRegisters; ++r) block[r] = load<Bytes>(from + r * kRegisterBytes);
-                for (int q = 0; q < Queries; ++q) {
-                    const int32_t digits = four_digits(queries[q].digits + 4 * p);
-                    for (int r = 0; r < kMicroRegisters; ++r) sum[r][q] = dot4(sum[r][q], block[r], digits);
-                }
-            }
-            for (int r = 0; r < kMicroRegisters; ++r) {
-                const size_t key = word * 64 + size_t((first + r) * kPartLanes);
-                for (int q = 0; q < Queries; ++q)
-                    store(logits + size_t(q) * stride + key, logits_of(sum[r][q], panel->steps + key, queries[q]));
+struct PanelDigits {
+    const PanelQuery* queries;
+    int fours;
+
+    PanelDigits(const PanelQuery* ready, int count) : queries(ready), fours(count) {}
+    void add_up(const uint8_t* from, Ints (&sums)[kMicroRegisters][Queries]) const {
+        for (int q = 0; q < Queries; ++q)
+            for (int r = 0; r < kMicroRegisters; ++r) sums[r][q] = splat_to<Ints>(queries[q].start);
+        for (int p = 0; p < fours; ++p, from += 256) {
+            Bytes codes[kMicroRegisters];
+            for (int r = 0; r < kMicroRegisters; ++r) codes[r] = load<Bytes>(from + r * kRegisterBytes);
+            for (int q = 0; q < Queries; ++q) {
+                const int32_t digits = four_digits(queries[q].digits + 4 * p);
+                for (int r = 0; r < kMicroRegisters; ++r) sums[r][q] = add_scores(sums[r][q], codes[r], digits);
             }
         }
     }
-}
-
+};
 #endif
 
+template <int Queries>
+inline void score_word(const uint8_t* codes, const float* steps, const PanelDigits<Queries>& digits,
+                       const PanelQuery* queries, float* logits, size_t stride) {
+    for (int first = 0; first < 4 * kParts; first += kMicroRegisters) {
+        Ints sums[kMicroRegisters][Queries];
+        digits.add_up(codes + first * kRegisterBytes, sums);
+        for (int r = 0; r < kMicroRegisters; ++r) {
+            const int at = (first + r) * kPartLanes;
+            const Floats step = load<Floats>(steps + at);
+            // What the starts were rounded by, half a unit at most, stands in the band (DESIGN.md, "Prompts").
+            for (int q = 0; q < Queries; ++q)
+                store(logits + q * stride + at,
+                      convert<Floats>(sums[r][q]) * step * queries[q].unit + queries[q].centre);
+        }
+    }
+}
+
+// logits[q][64 * word + i] for `words` words of the panel.
 void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuery* queries, int count, float* logits,
                  size_t stride) {
     const int fours = (dim + 7) / 8 * 2;
     for (int first = 0; first < count; first += kMicroQueries) {
         const int here = count - first < kMicroQueries ? count - first : kMicroQueries;
-        with_number<kMicroQueries>(here, [&](auto number) {
-            score_words<decltype(number)::value>(panel, fours, words, queries + first, logits + size_t(first) * stride,
-                                                 stride);
-        });
+        const auto score = [&](auto number) {
+            const PanelDigits<decltype(number)::value> digits(queries + first, fours);
+            for (size_t word = 0; word < words; ++word)
+                score_word(panel->codes + word * size_t(fours) * 256, panel->steps + word * 64, digits, queries + first,
+                           logits + size_t(first) * stride + word * 64, stride);
+        };
+        with_number<kMicroQueries>(here, score);
     }
 }
 

@@ -10,14 +10,21 @@
 namespace hsr {
 namespace {
 
-constexpr size_t kManyBytes = 1u << 18;  // from here on, worth waking other threads for
+constexpr size_t kWorthThreads = 1u << 18;  // bytes: for fewer, others would wake too late to help
+
+// body(first, last) over all rows, in pieces where other threads are worth it.
+template <class Body>
+void in_pieces(size_t rows, size_t row_bytes, const Body& body) {
+    if (rows * row_bytes < kWorthThreads) return body(0, rows);
+    const size_t pieces = 8 * size_t(num_threads());
+    parallel_for(pieces, [&](size_t piece) { body(rows * piece / pieces, rows * (piece + 1) / pieces); });
+}
 
 }  // namespace
 
 void TokenArray::read(int64_t b, int64_t h, int64_t t, float* row) const {
-    const auto* first = static_cast<const uint8_t*>(data) +
-                        (b * batch_stride + h * head_stride + t * token_stride) * int64_t(item_size(dtype));
-    if (dim_stride == 1 || dim == 1) {
+    const uint8_t* first = place(b, h, t);
+    if (side_by_side()) {
         kernels().to_float(dtype, first, row, size_t(dim));
         return;
     }
@@ -26,40 +33,33 @@ void TokenArray::read(int64_t b, int64_t h, int64_t t, float* row) const {
 }
 
 bool TokenArray::within(int64_t b, int64_t h, int64_t t, float limit) const {
-    const auto* first = static_cast<const uint8_t*>(data) +
-                        (b * batch_stride + h * head_stride + t * token_stride) * int64_t(item_size(dtype));
-    if (dim_stride == 1 || dim == 1) return kernels().all_within(dtype, first, size_t(dim), limit);
+    const uint8_t* first = place(b, h, t);
+    if (side_by_side()) return kernels().all_within(dtype, first, size_t(dim), limit);
     bool all = true;
     for (int64_t i = 0; i < dim; ++i)
         all &= kernels().all_within(dtype, first + i * dim_stride * int64_t(item_size(dtype)), 1, limit);
     return all;
 }
 
-bool TokenArray::find_bad(float limit, int64_t place[4]) const {
+bool TokenArray::find_bad(float limit, int64_t index[4]) const {
     const size_t rows = size_t(batch * heads * tokens);
-    std::atomic<size_t> worst{rows};  // the first row with a bad number
-    const auto look = [&](size_t first, size_t last) {
+    std::atomic<size_t> bad_row{rows};  // the first one
+    in_pieces(rows, size_t(dim) * item_size(dtype), [&](size_t first, size_t last) {
         for (size_t at = first; at < last; ++at) {
             const int64_t head = int64_t(at) / tokens;
             if (within(head / heads, head % heads, int64_t(at) % tokens, limit)) continue;
-            size_t known = worst;
-            while (at < known && !worst.compare_exchange_weak(known, at)) {}
+            size_t known = bad_row;
+            while (at < known && !bad_row.compare_exchange_weak(known, at)) {}
             return;
         }
-    };
-    if (rows * size_t(dim) * item_size(dtype) < kManyBytes) {
-        look(0, rows);
-    } else {
-        const size_t pieces = 8 * size_t(num_threads());
-        parallel_for(pieces, [&](size_t piece) { look(rows * piece / pieces, rows * (piece + 1) / pieces); });
-    }
-    if (worst == rows) return false;
-    const int64_t head = int64_t(worst.load()) / tokens;
-    place[0] = head / heads, place[1] = head % heads, place[2] = int64_t(worst.load()) % tokens;
+    });
+    if (bad_row == rows) return false;
+    const int64_t at = int64_t(bad_row.load()), head = at / tokens;
+    index[0] = head / heads, index[1] = head % heads, index[2] = at % tokens;
     std::vector<float> row(static_cast<size_t>(dim));
-    read(place[0], place[1], place[2], row.data());
+    read(index[0], index[1], index[2], row.data());
     const auto bad = std::find_if(row.begin(), row.end(), [&](float x) { return !(std::fabs(x) <= limit); });
-    place[3] = bad - row.begin();
+    index[3] = bad - row.begin();
     return true;
 }
 
@@ -100,15 +100,13 @@ void RowStore::append(const TokenArray& array) {
     if (read_elsewhere || buffer_->inherited()) replace(bytes);
     reserve(bytes);
     const size_t item = item_size(dtype_), tokens = size_t(array.tokens);
-    const bool plain = array.dim_stride == 1 || array.dim == 1;
-    const auto copy = [&](size_t first, size_t last) {
+    const bool plain = array.side_by_side();
+    in_pieces(tokens, token_bytes(), [&](size_t first, size_t last) {
         uint8_t* to = buffer_->data() + (size_ + first) * token_bytes();
         for (int64_t t = int64_t(first); t < int64_t(last); ++t)
             for (int64_t b = 0; b < array.batch; ++b)
                 for (int64_t h = 0; h < array.heads; ++h, to += row_bytes_) {
-                    const auto* from =
-                        static_cast<const uint8_t*>(array.data) +
-                        (b * array.batch_stride + h * array.head_stride + t * array.token_stride) * int64_t(item);
+                    const uint8_t* from = array.place(b, h, t);
                     if (plain) {
                         std::memcpy(to, from, row_bytes_);
                     } else {
@@ -116,13 +114,7 @@ void RowStore::append(const TokenArray& array) {
                             std::memcpy(to + size_t(i) * item, from + i * array.dim_stride * int64_t(item), item);
                     }
                 }
-    };
-    if (tokens * token_bytes() < kManyBytes) {
-        copy(0, tokens);
-    } else {
-        const size_t pieces = 8 * size_t(num_threads());
-        parallel_for(pieces, [&](size_t piece) { copy(tokens * piece / pieces, tokens * (piece + 1) / pieces); });
-    }
+    });
     size_ += tokens;
     written_ = std::max(written_, size_);
 }

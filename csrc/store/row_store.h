@@ -18,12 +18,18 @@ struct TokenArray {
     int64_t batch, heads, tokens, dim;
     int64_t batch_stride, head_stride, token_stride, dim_stride;
 
-    // Row of one (batch, head, token) as float32.
+    // Where the row of one (batch, head, token) starts, and whether its numbers follow one another.
+    const uint8_t* place(int64_t b, int64_t h, int64_t t) const {
+        return static_cast<const uint8_t*>(data) +
+               (b * batch_stride + h * head_stride + t * token_stride) * int64_t(item_size(dtype));
+    }
+    bool side_by_side() const { return dim_stride == 1 || dim == 1; }
+    // The row as float32.
     void read(int64_t b, int64_t h, int64_t t, float* row) const;
     // Whether none of it is NaN, infinite or above `limit` in size.
     bool within(int64_t b, int64_t h, int64_t t, float limit) const;
     // Index of the first (b, h, t, i) that is NaN, infinite or above `limit` in size, or false.
-    bool find_bad(float limit, int64_t place[4]) const;
+    bool find_bad(float limit, int64_t index[4]) const;
 };
 
 class RowStore {
