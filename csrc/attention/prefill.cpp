@@ -50,6 +50,7 @@ void Prefill::run_tile(int head, size_t tile) {
     const size_t per_head = size_t(m_) * size_t(group_), from = tile * tile_rows_;
     const size_t count = std::min(tile_rows_, per_head - from);
     size_t blocks = 0;
+    for (size_t i = 0; i < count; ++i) fetch_query(head, from + i);
     for (size_t i = 0; i < count; ++i) {
         start_row(space, i, head, from + i);
         blocks = std::max(blocks, space.rows[i].blocks);
@@ -87,12 +88,17 @@ void Prefill::run_panel(Workspace& space, int head, size_t count, size_t panel, 
             scored += int64_t(own * kBlock);
         }
         if (!most) continue;
-        kernels().score_panel(&space.panel, dim_, (most + 3) / 4, &space.queries[at], int(here), space.logits.data(),
-                              kLogitStride);
         // Ranges of coded values that all of these rows see; no code knows of a value that a row may not.
-        const size_t ranges = masked ? 0 : least * kBlock / kRangeKeys;
-        if (ranges_ && ranges) skipped += run_ranges(space, at, here, head, first * kBlock, ranges, remaining);
-        const size_t begin = ranges_ ? ranges * kRangeKeys : 0;
+        const size_t ranges = masked || !ranges_ ? 0 : least * kBlock / kRangeKeys, begin = ranges * kRangeKeys;
+        const size_t words = (most + 3) / 4, coded_words = begin / 64;
+        const auto score = [&](size_t from, size_t to, bool in_units) {
+            if (from < to)
+                kernels().score_panel(&space.panel, dim_, from, to, &space.queries[at], int(here), in_units,
+                                      space.logits.data(), kLogitStride);
+        };
+        score(0, coded_words, true);
+        score(coded_words, words, false);
+        if (ranges) skipped += run_ranges(space, at, here, head, first * kBlock, ranges, remaining);
         if (begin < most * kBlock) skipped += run_rest(space, at, here, head, first, begin, most * kBlock, remaining);
     }
     scored_ += scored;
@@ -152,6 +158,13 @@ int64_t Prefill::run_rest(Workspace& space, size_t at, size_t here, int head, si
     return skipped;
 }
 
+void Prefill::fetch_query(int head, size_t at) const {
+    const TokenArray& q = queries_.queries;
+    const uint8_t* row = q.place(head / cache_.kv_heads(), head % cache_.kv_heads() * group_ + int(at % size_t(group_)),
+                                 int64_t(at / size_t(group_)));
+    for (size_t byte = 0; byte < size_t(dim_) * item_size(q.dtype); byte += 64) __builtin_prefetch(row + byte);
+}
+
 // Rows of a panel will be read here and there: ask for all of them in order.
 void Prefill::fetch_rows(size_t first, size_t count, int head) const {
     for (const RowStore* rows : {&cache_.keys(), &cache_.values()})
@@ -168,24 +181,24 @@ bool prefill_serves(const LayerCache& cache, const AttendSettings& settings, con
     if (!(settings.scale > 1e-6 && settings.scale < 1e6)) return false;
     const TokenArray& q = queries.queries;
     if (size_t(q.tokens) * size_t(q.heads / cache.kv_heads()) < prompts::kFewestRows) return false;
-    // The longest query of each key head against the widest codes of its keys.
     std::atomic<bool> safe{true};
     parallel_for(size_t(q.batch * q.heads), [&](size_t at) {
         const int64_t b = int64_t(at) / q.heads, h = int64_t(at) % q.heads;
         const int head = int(b) * cache.kv_heads() + int(h) / int(q.heads / cache.kv_heads());
         const KeySketch& sketch = cache.key_sketch(head);
-        std::vector<float> row(static_cast<size_t>(q.dim));
-        double longest = 0;
-        for (int64_t t = 0; t < q.tokens; ++t) {
-            q.read(b, h, t, row.data());
-            longest = std::max(longest, kernels().dot64(Dtype::float32, row.data(), row.data(), int(q.dim)));
-        }
         // 0.01: more than the rounding of a unit query to 8 bits, up to 512 coordinates
-        const double band =
-            settings.scale * std::sqrt(longest) * (sketch.extent().residual8 * 1.02 + 0.02 * sketch.largest_norm());
-        const double logit =
-            settings.scale * std::sqrt(longest) * (cache.largest_key_norm(head) + sketch.centre_norm());
-        if (!(band < prompts::kSafeBand) || !(logit < 1e5)) safe = false;
+        const double band = settings.scale * (sketch.extent().residual8 * 1.02 + 0.02 * sketch.largest_norm());
+        const double logit = settings.scale * (cache.largest_key_norm(head) + sketch.centre_norm());
+        const double longest = std::min(prompts::kSafeBand / band, 1e5 / logit);  // of the queries that are served
+        // Queries of such coordinates are shorter than that, whatever the others are.
+        const float sure = float(std::min(longest / std::sqrt(double(q.dim)) * (1 - 1e-6), 1e30));
+        std::vector<float> row(static_cast<size_t>(q.dim));
+        for (int64_t t = 0; t < q.tokens && safe; ++t) {
+            if (q.within(b, h, t, sure)) continue;
+            q.read(b, h, t, row.data());
+            if (!(std::sqrt(kernels().dot64(Dtype::float32, row.data(), row.data(), int(q.dim))) < longest))
+                safe = false;
+        }
     });
     return safe;
 }

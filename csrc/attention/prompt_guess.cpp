@@ -15,7 +15,7 @@ void Prefill::sample(Workspace& space, int head, size_t count, size_t blocks) {
         kernels().unpack_panel(sketch.high(place(at)), sketch.low(place(at)), dim_, 1, at, &space.panel);
     for (size_t first = 0; first < count; first += kRowsAtOnce) {
         const size_t here = std::min<size_t>(kRowsAtOnce, count - first);
-        kernels().score_panel(&space.panel, dim_, kSampleBlocks / 4, &space.queries[first], int(here),
+        kernels().score_panel(&space.panel, dim_, 0, kSampleBlocks / 4, &space.queries[first], int(here), false,
                               space.logits.data(), kLogitStride);
         for (size_t i = first; i < first + here; ++i) {
             Row& row = space.rows[i];
@@ -55,7 +55,8 @@ double Prefill::guess(const Row& row, double remaining, double off) const {
     if (j == kCurve) return double(row.curve_top) - kCurve + 1;
     // Between two points the mass below a threshold falls like a power of two.
     const double above = row.curve[j - 1], below = std::max(double(row.curve[j]), above * 1e-3);
-    const double part = std::clamp(quick_log2(allowed / below) / std::max(quick_log2(above / below), 0.01), 0.0, 1.0);
+    const double low = quick_log2(below), fall = std::max(quick_log2(above) - low, 0.01);
+    const double part = std::clamp((quick_log2(allowed) - low) / fall, 0.0, 1.0);
     return double(row.curve_top) - j + part;
 }
 

@@ -15,6 +15,11 @@ Attempt Prefill::within_budget(Workspace& space, size_t i, double threshold, dou
         const Attempt found = attempt(threshold);
         const double omitted = found.omitted * (1 + off) * kSumExcess, left = row.omitted + omitted;
         if (left <= budget_ * kSpend * row.surely()) return found;
+        if (found.scores) {
+            const PanelQuery& query = space.queries[i];
+            for (size_t k = 0; k < found.listed; ++k)
+                space.kept[k] = query.unit * found.scores[space.positions[k] - found.first] + query.centre;
+        }
         // The keys kept here add to the mass that the omitted share is taken of.
         double mass = row.surely();
         if (found.digits > 0) mass += found.digits * std::exp2(found.cap - row.reference) / (1 + off) * 0.999;
@@ -55,7 +60,7 @@ int64_t Prefill::select(Workspace& space, size_t i, int head, size_t first, size
         const size_t listed =
             kernels().select_row(logits, count, float(threshold), float(row.reference), uint32_t(first),
                                  space.positions, space.kept.data(), &omitted, &skipped);
-        return Attempt{listed, double(omitted), 0.0, 0.0};
+        return Attempt{listed, nullptr, 0, double(omitted), 0.0, 0.0};
     });
     row.omitted += found.omitted * (1 + off) * kSumExcess;
     if (found.listed) add(space, i, head, found.listed, off, remaining);
@@ -73,23 +78,22 @@ double Prefill::exact_from(const Row& row, double remaining) const {
 int64_t Prefill::select_digits(Workspace& space, size_t i, int head, size_t first, size_t count, size_t slot,
                                double remaining, double widest_step) {
     Row& row = space.rows[i];
-    const float* logits = space.logits.data() + slot * kLogitStride;
-    const double wide = band(row, space.queries[i], space.panel);
+    const float* scores = space.logits.data() + slot * kLogitStride;
+    const PanelQuery& query = space.queries[i];
+    const double wide = band(row, query, space.panel);
     const double off = expm1_above(wide / kLog2e) * (1 + kDigitExcess) + kDigitExcess;
     if (row.reference == -double(kInf))  // its own block is hidden
-        raise_reference(space, i, kernels().largest_of(logits, count));
+        raise_reference(space, i, query.unit * kernels().largest_of(scores, count) + query.centre);
     const double guessed = std::min(guess(row, remaining, off), row.reference + 60.0);
     const double exact = exact_from(row, remaining);
     WeighedRow found;
-    WeightLimits limits;
+    WeightLimits limits{0, 0, 0, query.unit, query.centre, uint32_t(first)};
     within_budget(space, i, guessed, off, [&](double threshold) {
         limits.from = float(threshold);
         limits.exact_from = std::max(float(exact), limits.from);
         limits.reference = float(row.reference);
-        limits.first = uint32_t(first);
-        kernels().weigh_panel(logits, count, &limits, space.digits.data() + slot * kPanelKeys, space.positions,
-                              space.kept.data(), &found);
-        return Attempt{found.exact, double(found.omitted), double(found.mass), double(found.cap)};
+        kernels().weigh_panel(scores, count, &limits, space.digits.data() + slot * kPanelKeys, space.positions, &found);
+        return Attempt{found.exact, scores, first, double(found.omitted), double(found.mass), double(found.cap)};
     });
     row.omitted += double(found.omitted) * (1 + off) * kSumExcess;
     const double mean_mass = double(found.omitted) / kLineMean;

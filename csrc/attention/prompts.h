@@ -38,8 +38,8 @@ constexpr size_t kSampleBlocks = 16;
 // Weights from here on, as a share of the mass, are never digits: a digit is then at most 2^-15 of the mass, and the
 // dither of thousands of small weights stays below 0.4 % of the spread of the values.
 constexpr double kLargestDigits = 1.0 / 512.0;
-// Of weights in digits: what the exponential is off by, less than 1e-4, and the rounding of logits.
-constexpr double kDigitExcess = 2e-4;
+// Of weights in digits: what the exponential is off by, less than 1.8e-3, and the rounding of logits.
+constexpr double kDigitExcess = 1.9e-3;
 
 // log2 within 0.01, for guesses that a bound then checks.
 inline double quick_log2(double x) {
@@ -49,7 +49,7 @@ inline double quick_log2(double x) {
     bits = (bits & 0xfffffffffffffull) | 0x3ff0000000000000ull;
     double m;
     std::memcpy(&m, &bits, 8);
-    return exponent + (2.0 - m / 3.0) * m - 5.0 / 3.0;
+    return exponent + (2.0 - m * (1.0 / 3.0)) * m - 5.0 / 3.0;
 }
 
 // exp(x) - 1 from above: exp(x) <= (2 + x) / (2 - x) for 0 <= x < 2.
@@ -81,7 +81,9 @@ struct Row {
 
 // What a row would keep of a panel at some threshold.
 struct Attempt {
-    size_t listed;   // keys in the workspace, with their estimates
+    size_t listed;        // keys in the workspace, with their estimates
+    const float* scores;  // or without: of the keys from `first` on, in units of the query
+    size_t first;
     double omitted;  // mass of the others, from above but for the band of their estimates
     double digits;   // mass of what became digits, relative to 2^cap
     double cap;
@@ -178,6 +180,7 @@ private:
     void mean_of_ranges(Workspace& space, const float* own, size_t ranges);
     int64_t run_rest(Workspace& space, size_t at, size_t here, int head, size_t first, size_t begin, size_t end,
                      double remaining);
+    void fetch_query(int head, size_t at) const;
     void fetch_rows(size_t first, size_t count, int head) const;
 
     // ---- prompt_query.cpp

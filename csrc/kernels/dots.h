@@ -28,6 +28,33 @@ inline V of_parts(const Part& part) {
         return part(0);
 }
 
+// Bytes added up, a few to a lane; all lanes added up.
+#if defined(__SSE2__)
+using ByteSums = Vector<uint64_t, kRegisterBytes / 8>;
+inline ByteSums sums_of_bytes(Bytes x) {
+#if defined(HSR_AVX512)
+    return (ByteSums)_mm512_sad_epu8((__m512i)x, _mm512_setzero_si512());
+#elif defined(__AVX2__)
+    return (ByteSums)_mm256_sad_epu8((__m256i)x, _mm256_setzero_si256());
+#else
+    return (ByteSums)_mm_sad_epu8((__m128i)x, _mm_setzero_si128());
+#endif
+}
+#else
+using ByteSums = Vector<uint16_t, kRegisterBytes / 2>;
+inline ByteSums sums_of_bytes(Bytes x) {
+    const ByteSums pairs = as<ByteSums>(x);
+    return (pairs & uint16_t(0xff)) + (pairs >> 8);
+}
+#endif
+template <class V>
+inline uint32_t sum_of_sums(const V& x) {
+    if constexpr (Shape<V>::lanes > 2)
+        return sum_of_sums(lower(x) + upper(x));
+    else
+        return uint32_t(x[0]) + uint32_t(x[1]);
+}
+
 inline int32_t four_digits(const int8_t* digits) {
     int32_t word;
     __builtin_memcpy(&word, digits, 4);

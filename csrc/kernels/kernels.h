@@ -132,12 +132,13 @@ struct PanelQuery {
 // [4 keys][padded16(dim)][4]; what belongs to a range as low, step and mean [padded16(dim)] and the largest step.
 constexpr size_t kRangeKeys = 256, kRanges = kPanelKeys / kRangeKeys;
 inline size_t range_floats(int dim) { return size_t(3 * padded16(dim) + 1); }
-// The largest weight in digits: with the dither, and 1e-4 of the exponential, still below 64.
+// The largest weight in digits: with the dither, and 1.8e-3 of the exponential, still below 64.
 constexpr float kDigits = 62.0f;
 // Which keys of a panel a query keeps, in digits or exactly; masses are relative to 2^reference.
 struct WeightLimits {
-    float from, exact_from, reference;
-    uint32_t first;  // position of the panel's first key
+    float from, exact_from, reference;  // logits
+    float unit, centre;                 // logit = unit * score + centre
+    uint32_t first;                     // position of the panel's first key
 };
 struct WeighedRow {
     float cap;            // digits are relative to 2^cap
@@ -234,8 +235,8 @@ struct Kernels {
     void (*unpack_panel)(const uint8_t* high, const uint8_t* low, int dim, size_t blocks, size_t first,
                          CodedPanel* panel);
     void (*code_query)(const float* rotated, int dim, PanelQuery* query);
-    void (*score_panel)(const CodedPanel* panel, int dim, size_t words, const PanelQuery* queries, int count,
-                        float* logits, size_t stride);
+    void (*score_panel)(const CodedPanel* panel, int dim, size_t begin, size_t end, const PanelQuery* queries,
+                        int count, bool in_units, float* scores, size_t stride);
     size_t (*select_row)(const float* logits, size_t count, float threshold, float reference, uint32_t first,
                          uint32_t* positions, float* kept, float* omitted, uint32_t* keys_skipped);
     double (*weigh)(const float* logits, size_t count, float reference, float* weights);
@@ -255,8 +256,8 @@ struct Kernels {
 
     // ---- prompts: weights and values in 8 bits (weight_loops.h)
     void (*code_values)(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t* codes, float* range);
-    void (*weigh_panel)(const float* logits, size_t count, const WeightLimits* limits, int8_t* digits,
-                        uint32_t* positions, float* exact, WeighedRow* out);
+    void (*weigh_panel)(const float* scores, size_t count, const WeightLimits* limits, int8_t* digits,
+                        uint32_t* positions, WeighedRow* out);
     void (*multiply_panel)(const uint8_t* codes, const float* ranges, int dim, const uint32_t* words,
                            const int8_t* digits, const float* units, const uint32_t* digit_sums, int count,
                            float* accumulators, size_t stride);

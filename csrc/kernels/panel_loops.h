@@ -147,9 +147,9 @@ struct PanelDigits {
 };
 #endif
 
-template <int Queries>
+template <bool InUnits, int Queries>
 inline void score_word(const uint8_t* codes, const float* steps, const PanelDigits<Queries>& digits,
-                       const PanelQuery* queries, float* logits, size_t stride) {
+                       const PanelQuery* queries, float* scores, size_t stride) {
     for (int first = 0; first < 4 * kParts; first += kMicroRegisters) {
         Ints sums[kMicroRegisters][Queries];
         digits.add_up(codes + first * kRegisterBytes, sums);
@@ -157,24 +157,33 @@ inline void score_word(const uint8_t* codes, const float* steps, const PanelDigi
             const int at = (first + r) * kPartLanes;
             const Floats step = load<Floats>(steps + at);
             // What the starts were rounded by, half a unit at most, stands in the band (DESIGN.md, "Prompts").
-            for (int q = 0; q < Queries; ++q)
-                store(logits + q * stride + at,
-                      convert<Floats>(sums[r][q]) * step * queries[q].unit + queries[q].centre);
+            for (int q = 0; q < Queries; ++q) {
+                const Floats score = convert<Floats>(sums[r][q]) * step;
+                store(scores + q * stride + at, InUnits ? score : score * queries[q].unit + queries[q].centre);
+            }
         }
     }
 }
 
-// logits[q][64 * word + i] for `words` words of the panel.
-void score_panel(const CodedPanel* panel, int dim, size_t words, const PanelQuery* queries, int count, float* logits,
-                 size_t stride) {
+// scores[q][64 * word + i] for the words [begin, end) of the panel: logits or, in the units of each query,
+// (logit - centre) / unit.
+void score_panel(const CodedPanel* panel, int dim, size_t begin, size_t end, const PanelQuery* queries, int count,
+                 bool in_units, float* scores, size_t stride) {
     const int fours = (dim + 7) / 8 * 2;
     for (int first = 0; first < count; first += kMicroQueries) {
         const int here = count - first < kMicroQueries ? count - first : kMicroQueries;
         const auto score = [&](auto number) {
             const PanelDigits<decltype(number)::value> digits(queries + first, fours);
-            for (size_t word = 0; word < words; ++word)
-                score_word(panel->codes + word * size_t(fours) * 256, panel->steps + word * 64, digits, queries + first,
-                           logits + size_t(first) * stride + word * 64, stride);
+            const auto score_words = [&](auto units) {
+                for (size_t word = begin; word < end; ++word)
+                    score_word<decltype(units)::value>(panel->codes + word * size_t(fours) * 256,
+                                                       panel->steps + word * 64, digits, queries + first,
+                                                       scores + size_t(first) * stride + word * 64, stride);
+            };
+            if (in_units)
+                score_words(Number<true>());
+            else
+                score_words(Number<false>());
         };
         with_number<kMicroQueries>(here, score);
     }

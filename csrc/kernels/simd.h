@@ -83,6 +83,7 @@ inline f32x16 keep_lanes(uint32_t mask, f32x16 x) { return (f32x16)_mm512_maskz_
 // What a comparison says of each lane. Zero elsewhere: `where` it holds, `except` where it holds.
 using Truth = __mmask16;
 inline Truth truth_ge(f32x16 a, f32x16 b) { return Truth(mask_ge(a, b)); }
+inline Truth truth_less(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
 inline uint32_t bits(Truth truth) { return truth; }
 inline f32x16 where(Truth truth, f32x16 x) { return keep_lanes(truth, x); }
 inline f32x16 except(Truth truth, f32x16 x) { return keep_lanes(Truth(~truth), x); }
@@ -150,6 +151,7 @@ inline Truth truth_of(uint32_t mask) {
     return (splat(int32_t(mask)) & own) == own;
 }
 inline Truth truth_ge(f32x16 a, f32x16 b) { return a >= b; }
+inline Truth truth_less(f32x16 a, f32x16 b) { return a < b; }
 inline uint32_t bits(Truth truth) { return bits_of(truth); }
 inline f32x16 where(Truth truth, f32x16 x) { return as<f32x16>(as<i32x16>(x) & truth); }
 inline f32x16 except(Truth truth, f32x16 x) { return as<f32x16>(as<i32x16>(x) & ~truth); }
@@ -220,6 +222,45 @@ inline f32x16 from_float16(u16x16 bits) {
     return load<f32x16>(f);
 }
 #endif
+#endif
+
+// ---- two vectors at once: what needs several instructions for one needs as many for both
+
+#if defined(__AVX2__) && !defined(HSR_AVX512)
+// 32 numbers as signed bytes, but in fours 0, 2, 4, 6, 1, 3, 5, 7.
+inline __m256i packed_bytes(const i32x16& first, const i32x16& second) {
+    const auto words = [](const i32x16& x) { return _mm256_packs_epi32((__m256i)x.low, (__m256i)x.high); };
+    return _mm256_packs_epi16(words(first), words(second));
+}
+inline __m256i in_order(__m256i packed) {
+    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+// The bits of both, in an order of the level's own: those under kFirstOfTwo are of the first.
+constexpr uint32_t kFirstOfTwo = 0x00ff00ff;
+inline uint32_t bits_of_two(const Truth& first, const Truth& second) {
+    return uint32_t(_mm256_movemask_epi8(packed_bytes(first, second)));
+}
+// Both as signed bytes, each to a place of its own.
+inline void store_bytes_of_two(const i32x16& first, const i32x16& second, int8_t* to_first, int8_t* to_second) {
+    const __m256i both = in_order(packed_bytes(first, second));
+    _mm_storeu_si128((__m128i*)to_first, _mm256_castsi256_si128(both));
+    _mm_storeu_si128((__m128i*)to_second, _mm256_extracti128_si256(both, 1));
+}
+// Of 32 numbers, a bit for each that is positive.
+inline uint32_t positive_of_32(const void* from) {
+    const auto positive = [&](int i) { return load<i32x16>((const int32_t*)from + i) > splat(0); };
+    return uint32_t(_mm256_movemask_epi8(in_order(packed_bytes(positive(0), positive(16)))));
+}
+#else
+constexpr uint32_t kFirstOfTwo = 0xffff;
+inline uint32_t bits_of_two(const Truth& first, const Truth& second) { return bits(first) | bits(second) << 16; }
+inline void store_bytes_of_two(const i32x16& first, const i32x16& second, int8_t* to_first, int8_t* to_second) {
+    store(to_first, signed_bytes(first));
+    store(to_second, signed_bytes(second));
+}
+inline uint32_t positive_of_32(const void* from) {
+    return mask_positive(load<i32x16>(from)) | mask_positive(load<i32x16>((const int32_t*)from + 16)) << 16;
+}
 #endif
 
 // exp(x) = 2^n 2^f with x log2(e) = n + f, |f| <= 1/2; relative error below 2e-7 (1 + |x|). Above 88 it

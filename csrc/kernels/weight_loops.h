@@ -40,17 +40,17 @@ void code_values(Dtype dtype, const void* rows, size_t stride, int dim, uint8_t*
     range[3 * wide] = max_of_lanes(widest);
 }
 
-// 2^t within 1e-4 of itself, for t <= 0, and something for others: a minimax polynomial of degree 3 on [-1/2, 1/2].
+// 2^t within 1.8e-3 of itself, for -126 <= t <= 0, and something for others: a minimax polynomial of degree 2 on
+// [-1/2, 1/2].
 inline f32x16 power_of_two(f32x16 t) {
 #if defined(HSR_AVX512)
     const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    t = max_of(t, splat(-126.0f));
     const f32x16 shifted = t + magic, n = shifted - magic;
 #endif
     const f32x16 f = t - n;
-    const f32x16 p = ((f * 5.517149e-2f + 0.24261094f) * f + 0.69326099f) * f + 0.99992808f;
+    const f32x16 p = (f * 0.23842897f + 0.70344802f) * f + 1.00044314f;
 #if defined(HSR_AVX512)
     return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -75,99 +75,128 @@ constexpr size_t kPieceKeys = 16;  // one of 32 holds a kept key up to 1.7 times
 constexpr size_t kPieces = kPanelKeys / kPieceKeys;
 static_assert(kPieces <= 64, "a bit each");
 
-// Digits of `pieces` of keys, for logits in [from, exact_from). Returns the pieces in which some reach exact_from;
-// AllBelow: none does.
+// Digits of `pieces` of keys, for scores in [from, exact_from), and their mass. The digit is that of 2^(unit * score +
+// start), `start` the centre less the cap. Returns the pieces in which some reach exact_from; AllBelow: none does.
 template <bool AllBelow>
-inline uint64_t digits_of_pieces(const float* logits, uint64_t pieces, const f32x16& from, const f32x16& exact_from,
-                                 float cap, int8_t* digits, WeighedRow* out) {
+inline uint64_t digits_of_pieces(const float* scores, uint64_t pieces, const f32x16& from, const f32x16& exact_from,
+                                 float unit, float start, int8_t* digits, float* total) {
     f32x16 mass = {};
-    i32x16 totals[kRanges] = {};
     uint64_t with_large = 0;
-    for (; pieces; pieces &= pieces - 1) {
-        const size_t piece = size_t(__builtin_ctzll(pieces)), i = piece * kPieceKeys;
-        const f32x16 x = load<f32x16>(logits + i);
+    const auto digits_of = [&](size_t piece) {
+        const size_t i = piece * kPieceKeys;
+        const f32x16 x = load<f32x16>(scores + i);
         Truth coded = truth_ge(x, from);
         if constexpr (!AllBelow) {
-            const Truth large = truth_ge(x, exact_from);
-            coded = without(coded, large);
-            with_large |= uint64_t(bits(large) != 0) << piece;
+            const Truth below = truth_less(x, exact_from);
+            coded = both(coded, below);
+            with_large |= uint64_t(bits(below) != 0xffff) << piece;
         }
-        const f32x16 w = where(coded, power_of_two(x - cap));
+        const f32x16 w = where(coded, power_of_two(x * unit + start));
         mass += w;
-        const i32x16 digit = convert<i32x16>(w * kDigits + load<f32x16>(kDither.of + i % 64));
-        totals[i / kRangeKeys] += digit;
-        store(digits + i, signed_bytes(digit));
+        return convert<i32x16>(w * kDigits + load<f32x16>(kDither.of + i % 64));
+    };
+    const auto next = [&] {
+        const size_t piece = size_t(__builtin_ctzll(pieces));
+        pieces &= pieces - 1;
+        return piece;
+    };
+    while (pieces & (pieces - 1)) {
+        const size_t one = next(), two = next();
+        store_bytes_of_two(digits_of(one), digits_of(two), digits + one * kPieceKeys, digits + two * kPieceKeys);
     }
-    for (size_t range = 0; range < kRanges; ++range) {
-        int32_t lanes[16];
-        store(lanes, totals[range]);
-        for (int32_t sum : lanes) out->digit_sums[range] += uint32_t(sum);
+    if (pieces) {
+        const size_t last = next();
+        store(digits + last * kPieceKeys, signed_bytes(digits_of(last)));
     }
-    out->mass = sum_of(mass);
+    *total = sum_of(mass);
     return with_large;
 }
 
-// Of logits[count], a multiple of 64 (-inf is nothing), those in [from, exact_from) as digits
+// The sum of a range's digits: at most 256 * 63.
+inline uint32_t sum_of_digits(const int8_t* digits) {
+    constexpr int kAtOnce = 4;  // digits are below 64: four of them fit a byte
+    static_assert(kRangeKeys % (kAtOnce * kRegisterBytes) == 0, "in whole registers");
+    ByteSums sums = {};
+    for (size_t i = 0; i < kRangeKeys; i += kAtOnce * kRegisterBytes) {
+        Bytes bytes = load<Bytes>(digits + i);
+        for (int k = 1; k < kAtOnce; ++k) bytes += load<Bytes>(digits + i + size_t(k) * kRegisterBytes);
+        sums += sums_of_bytes(bytes);
+    }
+    return sum_of_sums(sums);
+}
+
+// Of 64 bits a bit for each four: whether one of the four is set.
+inline uint32_t fours_of(uint64_t x) {
+    x |= x >> 1;
+    x |= x >> 2;
+    x &= 0x1111111111111111;
+    x = (x | x >> 3) & 0x0303030303030303;
+    x = (x | x >> 6) & 0x000f000f000f000f;
+    x = (x | x >> 12) & 0x000000ff000000ff;
+    return uint32_t(x | x >> 24) & 0xffff;
+}
+
+// Of scores[count], whole ranges of keys in the units of a query, those whose logit is in [from, exact_from) as digits
 // of 2^(logit - cap) * kDigits, cap the largest of them or exact_from; each is off by less than one, up or down by its
 // place, so that sums of many small weights are neither. Those from exact_from on are listed; the mass of the others is
 // bounded as in select_row.
-void weigh_panel(const float* logits, size_t count, const WeightLimits* limits, int8_t* digits, uint32_t* positions,
-                 float* exact, WeighedRow* out) {
-    const float least = limits->from > kLowest ? limits->from : kLowest;  // hidden keys are never kept
-    const f32x16 from = splat(least), exact_from = splat(limits->exact_from > least ? limits->exact_from : least);
-    const PowerAbove power(limits->reference);
-    *out = {};
+void weigh_panel(const float* scores, size_t count, const WeightLimits* limits, int8_t* digits, uint32_t* positions,
+                 WeighedRow* out) {
+    // A query of length 0 has no unit: all its logits are the centre, on either side of a threshold.
+    const float unit = limits->unit, inverse = 1.0f / (unit > 1e-30f ? unit : 1e-30f);
+    const auto score_at = [&](float logit) { return (logit - limits->centre) * inverse; };
+    const float least = score_at(limits->from), large_from = score_at(limits->exact_from);
+    const f32x16 from = splat(least), exact_from = splat(large_from);
+    const float slope = unit * PowerAbove::kPerUnit;
+    const float start = float(PowerAbove::start_at(double(limits->reference) - double(limits->centre)));
     // First what is left out, and which pieces hold a key that is kept: few, often.
     f32x16 omitted = {}, top = splat(-kInfinity);
     uint64_t pieces = 0;
     uint32_t kept = 0;
     for (size_t i = 0; i < count; i += 2 * kPieceKeys) {
-        uint32_t mask[2];
+        Truth reaches[2];
         for (int h = 0; h < 2; ++h) {
-            const f32x16 x = load<f32x16>(logits + i + 16 * h);
-            const Truth reaches = truth_ge(x, from);
-            omitted += except(reaches, power(x));
+            const f32x16 x = load<f32x16>(scores + i + 16 * h);
+            reaches[h] = truth_ge(x, from);
+            omitted += except(reaches[h], PowerAbove::weight(x * slope + start));
             top = max_of(top, x);
-            mask[h] = bits(reaches);
         }
-        kept += uint32_t(__builtin_popcount(mask[0] | mask[1] << 16));
-        pieces |= (uint64_t(mask[0] != 0) | uint64_t(mask[1] != 0) << 1) << (i / kPieceKeys);
+        const uint32_t mask = bits_of_two(reaches[0], reaches[1]);
+        kept += uint32_t(__builtin_popcount(mask));
+        pieces |= (uint64_t((mask & kFirstOfTwo) != 0) | uint64_t((mask & ~kFirstOfTwo) != 0) << 1) << (i / kPieceKeys);
         store(digits + i, Vector<int8_t, 2 * kPieceKeys>{});
     }
+    const float largest = max_of_lanes(top);
+    const bool all_below = largest < large_from;
+    out->cap = all_below ? largest * unit + limits->centre : limits->exact_from;
+    const float weightless = score_at(out->cap - 126.0f), to_cap = limits->centre - out->cap;
+    const f32x16 coded_from = splat(least > weightless ? least : weightless);
     uint32_t found = 0;
-    const float highest = max_of_lanes(top);
-    if (highest < limits->exact_from) {
-        out->cap = highest;
-        digits_of_pieces<true>(logits, pieces, from, exact_from, highest, digits, out);
+    if (all_below) {
+        digits_of_pieces<true>(scores, pieces, coded_from, exact_from, unit, to_cap, digits, &out->mass);
     } else {
-        out->cap = limits->exact_from;
         const i32x16 lane = lane_numbers();
-        uint64_t left = digits_of_pieces<false>(logits, pieces, from, exact_from, limits->exact_from, digits, out);
+        uint64_t left =
+            digits_of_pieces<false>(scores, pieces, coded_from, exact_from, unit, to_cap, digits, &out->mass);
         for (; left; left &= left - 1) {
             const size_t i = size_t(__builtin_ctzll(left)) * kPieceKeys;
-            const f32x16 x = load<f32x16>(logits + i);
-            const uint32_t large = mask_ge(x, exact_from);
+            const uint32_t large = mask_ge(load<f32x16>(scores + i), exact_from);
             compress(large, lane + int32_t(limits->first + i), positions + found);
-            compress(large, as<i32x16>(x), (uint32_t*)(exact + found));
             found += uint32_t(__builtin_popcount(large));
         }
     }
+    for (size_t range = 0; range < kRanges; ++range)
+        out->digit_sums[range] = range * kRangeKeys < count ? sum_of_digits(digits + range * kRangeKeys) : 0;
     out->omitted = sum_of(omitted);
-    for (size_t word = 0; word < count / 64; ++word) out->words |= uint32_t((pieces >> 4 * word & 15) != 0) << word;
+    out->words = fours_of(pieces);
     out->coded = kept - found;
     out->exact = found;
 }
 
-// The fours of keys of a range that have a digit which is not zero.
-inline uint64_t fours_with_digits(const int8_t* digits, uint32_t words) {
-    static_assert(kRangeKeys / 4 <= 64, "a bit each");
-    uint64_t fours = 0;
-    for (; words; words &= words - 1) {
-        const int word = __builtin_ctz(words);
-        // digits are not negative
-        fours |= uint64_t(mask_positive(load<i32x16>(digits + word * 64))) << (16 * word);
-    }
-    return fours;
+// The fours of keys of a range that have a digit which is not zero: none is negative.
+inline uint64_t fours_with_digits(const int8_t* digits) {
+    static_assert(kRangeKeys / 4 == 64, "a bit each");
+    return positive_of_32(digits) | uint64_t(positive_of_32(digits + 128)) << 32;
 }
 
 // Of one range, the values' coordinates from `at` on, Wide registers of them.
@@ -212,10 +241,9 @@ void multiply_panel(const uint8_t* codes, const float* ranges, int dim, const ui
     const size_t wide = size_t((dim + 15) / 16 * 16);
     for (size_t range = 0; range < kRanges; ++range) {
         for (size_t q = 0; q < size_t(count); ++q) {
-            const uint32_t here = words[q] >> (range * kWords) & ((1u << kWords) - 1);
-            if (!here) continue;
+            if (!(words[q] >> (range * kWords) & ((1u << kWords) - 1))) continue;
             const int8_t* own = digits + q * kPanelKeys + range * kRangeKeys;
-            const uint64_t fours = fours_with_digits(own, here);
+            const uint64_t fours = fours_with_digits(own);
             const auto strip = [&](auto registers, int at) {
                 multiply_strip<decltype(registers)::value>(
                     codes + range * kRangeKeys * wide, ranges + range * (3 * wide + 1), wide, at, fours, own, units[q],

@@ -191,7 +191,7 @@ void panel(int dim, std::mt19937& rng) {
                                 low.data() + size_t(block) * low_stride(dim));
         }
         std::vector<uint8_t> codes(panel_bytes(dim) + 64);
-        std::vector<float> steps(kPanelKeys), logits(kQueries * kKeys);
+        std::vector<float> steps(kPanelKeys), logits(kQueries * kKeys), scores(kQueries * kKeys);
         CodedPanel coded{codes.data() + (64 - reinterpret_cast<uintptr_t>(codes.data()) % 64) % 64, steps.data(), 0, 0};
         kernels().unpack_panel(high.data(), low.data(), dim, kKeys / kBlock, 0, &coded);
         std::vector<PanelQuery> panel_queries(kQueries);
@@ -199,15 +199,18 @@ void panel(int dim, std::mt19937& rng) {
             queries.push_back(shaped(int(rng() % kShapes), dim, rng));
             kernels().code_query(queries.back().data(), dim, &query);
             query.unit = query.step;
-            query.centre = 0;
+            query.centre = 0.25f;
         }
         const int count = 1 + turn % kQueries;
-        kernels().score_panel(&coded, dim, 1, panel_queries.data(), count, logits.data(), kKeys);
+        kernels().score_panel(&coded, dim, 0, 1, panel_queries.data(), count, false, logits.data(), kKeys);
+        kernels().score_panel(&coded, dim, 0, 1, panel_queries.data(), count, true, scores.data(), kKeys);
         for (int q = 0; q < count; ++q)
             for (int k = 0; k < kKeys; ++k) {
                 const PanelQuery& query = panel_queries[size_t(q)];
-                const double off = std::fabs(dot(queries[size_t(q)].data(), keys[size_t(k)].data(), dim) -
-                                             double(logits[size_t(q * kKeys + k)]));
+                const float logit = logits[size_t(q * kKeys + k)], score = scores[size_t(q * kKeys + k)];
+                const double off =
+                    std::fabs(dot(queries[size_t(q)].data(), keys[size_t(k)].data(), dim) + 0.25 - logit);
+                wrong += std::fabs(double(query.unit) * score + query.centre - logit) > 1e-5;
                 const double band = (1 + double(query.rest)) * double(coded.residual) + double(query.rest) +
                                     0.5 * double(query.unit) * double(coded.step) + 1e-4;
                 wrong += off > band;
@@ -216,6 +219,86 @@ void panel(int dim, std::mt19937& rng) {
     }
     check("panel, d = " + std::to_string(dim), wrong == 0,
           std::to_string(wrong) + " wrong, off by " + std::to_string(largest) + " of the band");
+}
+
+// Digits of weights are within one of the weights, and meet the values that their keys have.
+void digits(int dim, std::mt19937& rng) {
+    std::normal_distribution<float> normal;
+    std::uniform_real_distribution<float> uniform;
+    int64_t wrong = 0, coded = 0, listed = 0;
+    double largest = 0;
+    for (int turn = 0; turn < 40; ++turn) {
+        const size_t count = (1 + size_t(turn) % kRanges) * kRangeKeys, wide = size_t(padded16(dim));
+        std::vector<float> scores(count), values(count * size_t(dim));
+        float drift = 0;
+        for (float& score : scores) score = 10.0f * ((drift = 0.9f * drift + normal(rng)) + 0.5f * normal(rng));
+        for (float& value : values) value = normal(rng);
+        WeightLimits limits;
+        limits.unit = turn == 0 ? 0.0f : 0.02f + 0.3f * uniform(rng);
+        limits.centre = 20.0f * normal(rng);
+        limits.from = limits.centre + (turn == 0 ? -1.0f : limits.unit * 10.0f * normal(rng));
+        limits.exact_from = turn % 4 == 1 ? 1e4f : limits.from + limits.unit * 20.0f * uniform(rng);
+        if (turn % 8 == 2) limits.from = -INFINITY;
+        limits.reference = limits.centre + 5.0f * normal(rng);
+        limits.first = 1000;
+        std::vector<int8_t> own(kPanelKeys, 99);
+        std::vector<uint32_t> positions(kPanelKeys + 64);
+        WeighedRow found;
+        kernels().weigh_panel(scores.data(), count, &limits, own.data(), positions.data(), &found);
+        const std::set<uint32_t> exact(positions.begin(), positions.begin() + found.exact);
+        double omitted = 0, at_most = 0, mass = 0;
+        size_t kept = 0;
+        std::vector<uint32_t> sums(kRanges);
+        for (size_t k = 0; k < count; ++k) {
+            const double logit = double(limits.unit) * double(scores[k]) + double(limits.centre);
+            const double weight = std::exp2(logit - double(found.cap)), digit = own[k];
+            const bool large = exact.count(uint32_t(k) + limits.first) > 0;
+            const auto off = [&](double from, bool above) { return above ? from - logit : logit - from; };
+            wrong += off(limits.exact_from, large) > 1e-3;
+            sums[k / kRangeKeys] += uint32_t(own[k]);
+            wrong += own[k] && !(found.words >> (k / 64) & 1);
+            if (large) {
+                wrong += own[k] != 0;
+            } else if (logit >= double(limits.from) + 1e-3 || own[k]) {
+                wrong += off(limits.from, true) > 1e-3 || digit < 0 || digit > 63;
+                wrong += std::fabs(digit - weight * kDigits) > 1 + 2e-3 * kDigits;
+                mass += weight;
+            } else {
+                const double mass_here = std::exp2(logit - double(limits.reference));
+                at_most += mass_here;  // a logit at the threshold may be on either side
+                if (logit < double(limits.from) - 1e-3) omitted += mass_here;
+            }
+            kept += logit >= double(limits.from);
+        }
+        wrong += omitted > double(found.omitted) || double(found.omitted) > at_most * 1.07 + 1e-3;
+        wrong += std::fabs(mass - double(found.mass)) > 2e-3 * mass + 1e-3;
+        wrong += std::abs(int64_t(kept) - int64_t(found.coded) - int64_t(found.exact)) > 2;
+        for (size_t range = 0; range < kRanges; ++range) wrong += sums[range] != found.digit_sums[range];
+        coded += found.coded, listed += found.exact;
+
+        std::vector<uint8_t> codes(count * wide);
+        std::vector<float> ranges(count / kRangeKeys * range_floats(dim)), total(wide, 1.0f);
+        for (size_t range = 0; range < count / kRangeKeys; ++range)
+            kernels().code_values(Dtype::float32, values.data() + range * kRangeKeys * size_t(dim), size_t(dim) * 4,
+                                  dim, codes.data() + range * kRangeKeys * wide,
+                                  ranges.data() + range * range_floats(dim));
+        const float unit = 1.0f / 64.0f;
+        kernels().multiply_panel(codes.data(), ranges.data(), dim, &found.words, own.data(), &unit, found.digit_sums, 1,
+                                 total.data(), wide);
+        for (int j = 0; j < dim; ++j) {
+            double sum = 1.0, band = 1e-3;
+            for (size_t k = 0; k < count; ++k) {
+                const double step = double(ranges[k / kRangeKeys * range_floats(dim) + wide + size_t(j)]);
+                sum += double(own[k]) * double(unit) * double(values[k * size_t(dim) + size_t(j)]);
+                band += double(own[k]) * double(unit) * 0.501 * step;
+            }
+            wrong += std::fabs(sum - double(total[size_t(j)])) > band;
+            largest = std::max(largest, std::fabs(sum - double(total[size_t(j)])) / band);
+        }
+    }
+    check("digits, d = " + std::to_string(dim), wrong == 0 && coded > 0 && listed > 0,
+          std::to_string(coded) + " coded, " + std::to_string(listed) + " listed, " + std::to_string(wrong) +
+              " wrong, sums off by " + std::to_string(largest) + " of the band");
 }
 
 template <class Index>
@@ -284,6 +367,7 @@ int main() {
                 for (int64_t m : {1, 40})
                     for (int64_t dim : {40, 64, 80}) attention(dtype, dim, m, rule, rng);
         for (int dim : {8, 40, 64, 80, 128, 256}) panel(dim, rng);
+        for (int dim : {8, 64, 80}) digits(dim, rng);
         sketched<SketchIndex>("sketch index", 64, rng);
         sketched<FlatIndex>("flat index", 24, rng);
         structure<tree::ConvexLayers>("convex layers", 2, rng);
