@@ -124,6 +124,18 @@ def test_one_threshold_a_query(isa):
     np.testing.assert_allclose(out, case.relu(b[..., None]), atol=2e-5)
 
 
+def test_queries_of_length_zero_over_a_key_without_a_code(isa):
+    rng = np.random.default_rng(3)
+    k, v = (rng.standard_normal((1, 1, 600, 64)).astype(np.float32) for _ in "kv")
+    k[0, 0, 5] *= 1e31
+    out, certificate = hsr.softmax_attention(
+        np.zeros_like(k), k, v, is_causal=True, return_certificate=True
+    )
+    means = v[0, 0].astype(np.float64).cumsum(axis=0) / np.arange(1, 601)[:, None]
+    assert (np.abs(out[0, 0] - means).max(axis=1) <= certificate.error_bound[0, 0]).all()
+    assert certificate.error_bound.max() < 1e-3
+
+
 def test_excesses_of_the_size_of_their_rounding(isa):
     """All keys just above the threshold: the weights are differences of nearly equal numbers."""
     rng = np.random.default_rng(9)

@@ -190,6 +190,7 @@ bool prefill_serves(const LayerCache& cache, const AttendSettings& settings, con
         const double band = settings.scale * (sketch.extent().residual8 * 1.02 + 0.02 * sketch.largest_norm());
         const double logit = settings.scale * (cache.largest_key_norm(head) + sketch.centre_norm());
         const double longest = std::min(prompts::kSafeBand / band, 1e5 / logit);  // of the queries that are served
+        if (!(longest > 0)) safe = false;  // keys that have no codes: not even a query of length 0 has a band then
         // Queries of such coordinates are shorter than that, whatever the others are.
         const float sure = float(std::min(longest / std::sqrt(double(q.dim)) * (1 - 1e-6), 1e30));
         std::vector<float> row(static_cast<size_t>(q.dim));

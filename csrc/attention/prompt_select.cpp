@@ -74,7 +74,8 @@ double Prefill::exact_from(const Row& row, double remaining) const {
     return settings_.rule == Rule::threshold ? std::min(row.threshold, large) : large;
 }
 
-// As `select`, for ranges of coded values: what is kept but not exactly becomes digits, for multiply_panel.
+// As `select`, for ranges of coded values: what is kept but not exactly becomes digits, for multiply_panel. These rows
+// have no mask, so that their own block has given them a reference.
 int64_t Prefill::select_digits(Workspace& space, size_t i, int head, size_t first, size_t count, size_t slot,
                                double remaining, double widest_step) {
     Row& row = space.rows[i];
@@ -82,8 +83,6 @@ int64_t Prefill::select_digits(Workspace& space, size_t i, int head, size_t firs
     const PanelQuery& query = space.queries[i];
     const double wide = band(row, query, space.panel);
     const double off = expm1_above(wide / kLog2e) * (1 + kDigitExcess) + kDigitExcess;
-    if (row.reference == -double(kInf))  // its own block is hidden
-        raise_reference(space, i, query.unit * kernels().largest_of(scores, count) + query.centre);
     const double guessed = std::min(guess(row, remaining, off), row.reference + 60.0);
     const double exact = exact_from(row, remaining);
     WeighedRow found;
