@@ -1,4 +1,4 @@
-"""What a sketched tail leaves out is stood in for by the mean of the values a query sees, and no others."""
+"""What stands in for the keys that a sketched tail leaves out: values that the query sees, and no others."""
 
 import numpy as np
 import pytest
@@ -75,3 +75,38 @@ def test_it_halves_the_error(isa):
     left_out = weight[~heavy].sum() / weight.sum()
     assert abs(out[0, 0, 0, 0] - exact) < left_out
     assert abs(out[0, 0, 0, 0] - exact) <= certificate.error_bound[0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "spread, m, most",
+    [(1.0, 2, 0.3), (1.0, 40, 0.4), (3.5, 2, 0.8)],
+    ids=["most are kept", "most are kept, a prompt", "few are kept"],
+)
+def test_it_beats_the_mean_value_where_logits_are_normally_distributed(isa, spread, m, most):
+    """Values are linear in the keys, so that those left out have another mean than all of them.
+
+    Where most keys are kept it lies beyond the mean of all, where few are, towards theirs.
+    """
+    rng = np.random.default_rng(5)
+    n, d = 8192, 32
+    k = rng.standard_normal((1, 1, n, d)).astype(np.float32)
+    v = k @ rng.standard_normal((d, 16)).astype(np.float32)
+    q = rng.standard_normal((1, 1, m, d))
+    q = (q * spread / np.linalg.norm(q, axis=-1, keepdims=True)).astype(np.float32)
+    layer = hsr.KVCache(hsr.SoftmaxPolicy(epsilon=0.06))
+    layer.append(k, v)
+    out, certificate = layer.attend(q, 1.0, return_certificate=True)
+    ours, of_means = [], []
+    for i in range(m):
+        seen = n - m + 1 + i
+        values = v[0, 0, :seen].astype(np.float64)
+        logits = k[0, 0, :seen].astype(np.float64) @ q[0, 0, i].astype(np.float64)
+        weight = np.exp(logits)
+        exact = weight @ values / weight.sum()
+        kept = np.argsort(-logits)[: round(float(certificate.density[0, 0, i]) * seen)]
+        left = np.delete(weight, kept).sum()
+        of_mean = (weight[kept] @ values[kept] + left * values.mean(axis=0)) / weight.sum()
+        ours.append(out[0, 0, i] - exact)
+        of_means.append(of_mean - exact)
+        assert np.abs(ours[-1]).max() <= certificate.error_bound[0, 0, i]
+    assert np.linalg.norm(ours) < most * np.linalg.norm(of_means)

@@ -57,7 +57,8 @@ void Attend::place_wave(size_t first, size_t count, size_t tiles_per_head, size_
     space.partials.resize(pieces);
     space.chunk_mass.resize(pieces * kTile);
     space.chunk_top.resize(pieces * kTile);
-    space.accumulators.resize(pieces * kTile * size_t(groups_) * kValueGroup);
+    for (auto* sums : {&space.exact_sums, &space.coded_sums})
+        sums->resize(pieces * kTile * size_t(groups_) * kValueGroup);
     for (auto* sums : {&space.offsets, &space.steps, &space.squares}) sums->resize(pieces * kTile * size_t(groups_));
 }
 

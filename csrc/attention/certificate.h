@@ -16,7 +16,7 @@ inline float rounded_up(double x) { return std::nextafter(float(x), std::numeric
 struct SpentWeight {
     double mass;
     double wrong;     // weight that was left out, or given though it may not be right
-    double stood_in;  // weight given to a mean value in place of what was left out
+    double stood_in;  // weight given to a likely value in place of what was left out
 };
 
 struct AnswerBound {

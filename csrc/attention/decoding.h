@@ -104,7 +104,7 @@ struct KeptLists {
 };
 
 struct Workspace {
-    std::vector<float> uppers, block_masses, sampled_masses, accumulators, offsets, steps, squares;
+    std::vector<float> uppers, block_masses, sampled_masses, exact_sums, coded_sums, offsets, steps, squares;
     std::vector<Partial> partials;
     std::vector<double> chunk_mass, chunk_top;
     std::vector<std::vector<Candidate>> candidates;
@@ -115,7 +115,7 @@ struct Answer {
     double mass, exact_mass, omitted, stood_in, relu_top;
     int64_t kept;
     double steps[kMaxHeadDim / kValueGroup], squares[kMaxHeadDim / kValueGroup];
-    double mean[kMaxHeadDim];  // what stood in
+    double stand_in[kMaxHeadDim];  // what stood in, times its mass
 };
 
 class Attend : Call {
@@ -134,7 +134,7 @@ private:
     bool reads_value_codes() const { return !relu() && settings_.sketch_tail; }
     // The omitted share has a bound to keep.
     bool bounds_mass() const { return settings_.rule == Rule::epsilon || reads_value_codes(); }
-    // Omitted keys are stood in for by the mean value, except where the paper's algorithm is asked for.
+    // Something stands in for omitted keys (stand_in.h), except where the paper's algorithm is asked for.
     bool stands_in() const { return reads_value_codes(); }
     bool certify() const { return !relu() && (settings_.certify || bounds_mass()); }
     int store_head(const Tile& tile) const { return tile.row * cache_.kv_heads() + tile.kv_head; }

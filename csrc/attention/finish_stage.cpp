@@ -1,6 +1,7 @@
 // Stage 4: the sums of all chunks, normalised, and the certificate.
 #include "attention/certificate.h"
 #include "attention/decoding.h"
+#include "attention/stand_in.h"
 
 #include <algorithm>
 #include <cmath>
@@ -16,9 +17,9 @@ bool Attend::finish(Tile& tile) {
 bool Attend::finish(Tile& tile, int q) {
     const size_t width = size_t(groups_) * kValueGroup;
     const int dim = cache_.value_dim();
-    alignas(64) float sum[kMaxHeadDim + kValueGroup];
+    alignas(64) float exact[kMaxHeadDim + kValueGroup], coded[kMaxHeadDim + kValueGroup];
     Answer answer{};
-    std::fill(sum, sum + width, 0.0f);
+    for (float* sum : {exact, coded}) std::fill(sum, sum + width, 0.0f);
     Partial total{};
     for (size_t c = 0; c < tile.chunks; ++c)
         total.relu_top[0] = std::max(total.relu_top[0], space_->partials[tile.partial_at + c].relu_top[q]);
@@ -36,8 +37,11 @@ bool Attend::finish(Tile& tile, int q) {
         total.omitted[0] += part.omitted[q];
         total.left[0] += part.left[q];
         total.kept[0] += part.kept[q];
-        const float* from = space_->accumulators.data() + (piece * kTile + size_t(q)) * width;
-        for (size_t i = 0; i < width; ++i) sum[i] += from[i] * float(factor);
+        const size_t at = (piece * kTile + size_t(q)) * width;
+        for (size_t i = 0; i < width; ++i) {
+            exact[i] += space_->exact_sums[at + i] * float(factor);
+            coded[i] += space_->coded_sums[at + i];
+        }
         for (int g = 0; g < groups_; ++g) {
             answer.steps[g] += space_->steps[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
             answer.squares[g] += space_->squares[(piece * kTile + size_t(q)) * size_t(groups_) + size_t(g)];
@@ -50,12 +54,12 @@ bool Attend::finish(Tile& tile, int q) {
         total.exact_mass[0] = 0;
     }
     if (collects()) {
-        add_top_r(tile, q, tail, sum);
+        add_top_r(tile, q, tail, exact);
     } else {
         for (size_t i = 0; i < kBlock; ++i)
             if (tile.tail_logit[q][i] != -double(kInf)) {
                 ++tail.kept[q];
-                add_exact(tile, q, cache_.coded() + i, tile.tail_logit[q][i], tail, sum);
+                add_exact(tile, q, cache_.coded() + i, tile.tail_logit[q][i], tail, exact);
             }
     }
     const double exact_mass = total.exact_mass[0] + tail.exact_mass[q];
@@ -90,14 +94,17 @@ bool Attend::finish(Tile& tile, int q) {
         result_.omitted_mass[place] = defined ? 0.0f : 1.0f;
         return true;
     }
-    // What was left out is given its likely mass at the mean of the values seen: a guess that takes nothing from
-    // the bound and halves the error.
+    // Something stands in for what was left out, with its likely mass: a guess that takes nothing from the bound and
+    // more than halves the error.
     double guess = 0;
     if (stands_in() && omitted > 0 &&
-        cache_.value_sketch(store_head(tile)).mean(size_t(tile.visible[q]), mask_row(tile, q), answer.mean))
+        cache_.value_sketch(store_head(tile)).mean(size_t(tile.visible[q]), mask_row(tile, q), answer.stand_in)) {
         guess = std::min(total.omitted[0] * tile.likely[q] + total.left[0], omitted);
-    for (int i = 0; i < dim; ++i)
-        out[i] = float(guess > 0 ? (sum[i] + guess * answer.mean[i]) / (mass + guess) : sum[i] / mass);
+        const StandIn stand(guess, total.sketched[0], mass, double(kept) / double(tile.seen[q]));
+        const double of_coded = total.sketched[0] > 0 ? stand.of_coded / total.sketched[0] : 0.0;
+        for (int i = 0; i < dim; ++i) answer.stand_in[i] = stand.of_all * answer.stand_in[i] + of_coded * coded[i];
+    }
+    for (int i = 0; i < dim; ++i) out[i] = float((double(exact[i]) + coded[i] + answer.stand_in[i]) / (mass + guess));
     result_.lse[place] =
         float(std::log(mass) + (relu() ? settings_.power * std::log(tail.relu_top[q]) : tile.reference[q]));
     if (!settings_.certify) {
@@ -132,7 +139,7 @@ void Attend::certificate(const Tile& tile, int q, const Partial& total, const An
         values, out, spent,
         // |value - decoded| <= step / 2 (1 + 2^-10)
         [&](size_t i) { return answer.steps[i / kValueGroup] * 0.5005; },
-        [&](size_t i) { return answer.stood_in > 0 ? answer.stood_in * std::fabs(answer.mean[i] - out[i]) : 0.0; });
+        [&](size_t i) { return std::fabs(answer.stand_in[i] - answer.stood_in * out[i]); });
     // Float32 sums of `kept` terms, each no larger than its weight times the largest value: a chain has
     // at most as many additions as a chunk has keys, and one for each chunk.
     const double chain = double(std::min<int64_t>(answer.kept, int64_t(kChunkKeys))) + double(tile.chunks) + 32.0;

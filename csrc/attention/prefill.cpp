@@ -120,7 +120,7 @@ int64_t Prefill::run_ranges(Workspace& space, size_t at, size_t here, int head, 
         skipped += select_digits(space, at + slot, head, first, ranges * kRangeKeys, slot, remaining, widest);
     }
     kernels().multiply_panel(value_codes_.get() + begin * range_bytes(), own, value_dim_, space.words,
-                             space.digits.data(), space.units, space.digit_sums, int(here), accumulator(space, at),
+                             space.digits.data(), space.units, space.digit_sums, int(here), coded_sum(space, at),
                              size_t(padded16(value_dim_)));
     for (size_t slot = 0; slot < here; ++slot) accumulate(space, at + slot, head, slot);
     return skipped;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "attention/certificate.h"
+#include "attention/stand_in.h"
 
 namespace hsr::prompts {
 
@@ -22,8 +23,8 @@ void Prefill::start_row(Workspace& space, size_t i, int head, size_t at) {
     if (row.mask) row.seen -= std::count(row.mask, row.mask + row.visible, uint8_t(0));
     row.reference = -double(kInf);
     row.curve_top = -kInf;
-    std::fill_n(accumulator(space, i), padded16(value_dim_), 0.0f);
-    std::fill_n(stand_in(space, i), padded16(value_dim_), 0.0f);
+    for (float* sum : {accumulator(space, i), coded_sum(space, i), stand_in(space, i)})
+        std::fill_n(sum, padded16(value_dim_), 0.0f);
     float* q = vector(space, i);
     std::fill_n(q, padded16(dim_), 0.0f);
     queries_.queries.read(b, row.head, row.query, q);
@@ -90,7 +91,7 @@ void Prefill::own_block(Workspace& space, size_t i, int head) {
 void Prefill::finish_row(Workspace& space, size_t i, int head) {
     Row& row = space.rows[i];
     float* out = result_.out + row.place * size_t(value_dim_);
-    const float* sum = accumulator(space, i);
+    const float *exact = accumulator(space, i), *coded = coded_sum(space, i);
     const double mass = row.mass;
     full_ += row.exact;
     sketched_ += row.sketched;
@@ -107,8 +108,14 @@ void Prefill::finish_row(Workspace& space, size_t i, int head) {
         return;
     }
     const double over = 1.0 / (mass + row.stand_in);
-    const float* stands = stand_in(space, i);
-    for (int j = 0; j < value_dim_; ++j) out[j] = float((double(sum[j]) + stands[j]) * over);
+    const StandIn stand(row.stand_in, row.coded, mass, double(row.kept) / double(row.seen));
+    const double of_all = row.stand_in > 0 ? stand.of_all / row.stand_in : 0.0;
+    const double of_coded = row.coded > 0 ? stand.of_coded / row.coded : 0.0;
+    float* stands = stand_in(space, i);
+    for (int j = 0; j < value_dim_; ++j) {
+        stands[j] = float(of_all * stands[j] + of_coded * coded[j]);
+        out[j] = float((double(exact[j]) + coded[j] + stands[j]) * over);
+    }
     result_.lse[row.place] =
         float(relu() ? std::log(mass) + settings_.power * std::log(row.top) : std::log(mass) + row.reference / kLog2e);
     if (!settings_.certify) {

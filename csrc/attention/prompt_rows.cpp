@@ -15,10 +15,11 @@ void Prefill::raise_reference(Workspace& space, size_t i, double reference) {
 
 void Prefill::rescale(Workspace& space, size_t i, double factor) {
     Row& row = space.rows[i];
-    for (double* sum : {&row.mass, &row.sure, &row.omitted, &row.stand_in, &row.doubtful, &row.blurred}) *sum *= factor;
+    for (double* sum : {&row.mass, &row.sure, &row.omitted, &row.stand_in, &row.coded, &row.doubtful, &row.blurred})
+        *sum *= factor;
     row.spread2 *= factor * factor;
     for (float& mass : row.curve) mass *= float(factor);
-    for (float* sum : {accumulator(space, i), stand_in(space, i)})
+    for (float* sum : {accumulator(space, i), coded_sum(space, i), stand_in(space, i)})
         for (int j = 0; j < padded16(value_dim_); ++j) sum[j] *= float(factor);
 }
 

@@ -106,6 +106,7 @@ int64_t Prefill::select_digits(Workspace& space, size_t i, int head, size_t firs
         for (uint32_t sum : found.digit_sums) digit_sum += sum;
         const double mass = unit * digit_sum, sure = double(found.mass) * cap;
         row.mass += mass;
+        row.coded += mass;
         row.sure += sure / (1 + off) * (1 - kDigitExcess);
         row.doubtful += sure * off * (1 + 1e-6) + double(found.coded) * unit;
         row.spread2 += sure * off * sure * off / found.coded + double(found.coded) * unit * unit / 3 * dim_;

@@ -68,7 +68,8 @@ struct Row {
     double fixed_band;                // band from the rounding of the query
     double reference, mass, omitted;  // of the keys that are kept, and a bound of the others
     double sure;                      // a lower bound of the mass that is kept
-    double stand_in;                  // mass given to the mean values of panels in place of what was left out there
+    double stand_in;                  // likely mass of what was left out of panels whose mean value stands in for it
+    double coded;                     // mass of keys kept from codes of values
     double doubtful, spread2;         // by how much weights from estimates may be off, and a sum for the estimate
     double blurred;                   // of values from codes: mass times half their widest step
     float curve[kCurve];              // mass of sampled keys below 2^(curve_top - j)
@@ -91,7 +92,7 @@ struct Attempt {
 
 struct Workspace {
     std::vector<uint8_t> codes;
-    std::vector<float> steps, logits, vectors, accumulators, stand_ins, mean_value, kept, dots;
+    std::vector<float> steps, logits, vectors, accumulators, coded_sums, stand_ins, mean_value, kept, dots;
     std::vector<uint32_t> exact_positions, exact_places;
     std::vector<double> excesses;
     // What each of the rows at once keeps of a panel, for the sums over the values.
@@ -119,7 +120,8 @@ struct Workspace {
         panel.steps = steps.data();
         logits.resize(kRowsAtOnce * kLogitStride);
         vectors.resize(kTileRows * size_t(padded16(dim)));
-        for (auto* sums : {&accumulators, &stand_ins}) sums->resize(kTileRows * size_t(padded16(value_dim)));
+        for (auto* sums : {&accumulators, &coded_sums, &stand_ins})
+            sums->resize(kTileRows * size_t(padded16(value_dim)));
         mean_value.resize(size_t(padded16(value_dim)));
         for (auto* list : {&kept, &dots}) list->resize(kListRoom);
         for (auto* list : {&exact_positions, &exact_places}) list->resize(kListRoom);
@@ -152,8 +154,8 @@ public:
     AttendWork run();
 
 private:
-    // Left out keys are not only bounded: the mean value of their panel stands in for them, where the row sees all of
-    // it.
+    // Left out keys are not only bounded: something stands in for them (stand_in.h), where the row sees all of a
+    // panel's coded ranges.
     bool stands_in() const { return settings_.sketch_tail && !relu(); }
     // Selection by full-precision logits against a given threshold.
     bool exact_rule() const { return relu() || (settings_.rule == Rule::threshold && !settings_.sketch_tail); }
@@ -162,7 +164,11 @@ private:
     float* accumulator(Workspace& space, size_t i) const {
         return space.accumulators.data() + i * size_t(padded16(value_dim_));
     }
-    // Mean values in place of what was left out, kept apart: the certificate asks how far they are from the answer.
+    // Values from codes, and mean values in place of what was left out, are kept apart: finish_row makes one thing of
+    // both that stands in, and the certificate asks how far that is from the answer.
+    float* coded_sum(Workspace& space, size_t i) const {
+        return space.coded_sums.data() + i * size_t(padded16(value_dim_));
+    }
     float* stand_in(Workspace& space, size_t i) const {
         return space.stand_ins.data() + i * size_t(padded16(value_dim_));
     }

@@ -21,12 +21,13 @@ void Attend::select_chunk(Tile& tile, size_t chunk) {
                                              last - first, tile.coded, tile.count, thresholds, reaching);
         if (part.nothing) return;
     }
-    float* accumulators = space_->accumulators.data() + piece * kTile * width;
+    float* exact_sums = space_->exact_sums.data() + piece * kTile * width;
+    float* coded_sums = space_->coded_sums.data() + piece * kTile * width;
     SelectionSums sums{};
     sums.offsets = space_->offsets.data() + sums_at;
     sums.steps = space_->steps.data() + sums_at;
     sums.squares = space_->squares.data() + sums_at;
-    std::fill(accumulators, accumulators + kTile * width, 0.0f);
+    for (float* s : {exact_sums, coded_sums}) std::fill(s, s + kTile * width, 0.0f);
     for (float* s : {sums.offsets, sums.steps, sums.squares}) std::fill(s, s + kTile * size_t(groups_), 0.0f);
     if (collects())
         for (int q = 0; q < tile.count; ++q) space_->candidates[piece * kTile + size_t(q)].clear();
@@ -50,7 +51,7 @@ void Attend::select_chunk(Tile& tile, size_t chunk) {
         }
         if (kept.count)
             kernels().accumulate_codes(cache_.value_sketch(store_head(tile)).rows(), cache_.value_dim(), &kept,
-                                       tile.count, accumulators);
+                                       tile.count, coded_sums);
     }
     for (int q = 0; q < tile.count; ++q) {
         const size_t count = lists.exact_count[q];
@@ -60,7 +61,7 @@ void Attend::select_chunk(Tile& tile, size_t chunk) {
                 space_->candidates[piece * kTile + size_t(q)].push_back(
                     {lists.exact(q)[i], logit(tile, q, lists.exact(q)[i])});
         else
-            add_exact(tile, q, lists.exact(q), count, part, accumulators + size_t(q) * width);
+            add_exact(tile, q, lists.exact(q), count, part, exact_sums + size_t(q) * width);
     }
     for (int q = 0; q < tile.count; ++q) {
         part.omitted[q] += sums.omitted[q];
@@ -70,7 +71,7 @@ void Attend::select_chunk(Tile& tile, size_t chunk) {
         part.weight_var[q] = sums.weight_var[q];
         for (int g = 0; g < groups_; ++g)
             for (int i = 0; i < kValueGroup; ++i)
-                accumulators[size_t(q) * width + size_t(g * kValueGroup + i)] += sums.offsets[q * groups_ + g];
+                coded_sums[size_t(q) * width + size_t(g * kValueGroup + i)] += sums.offsets[q * groups_ + g];
     }
     part.refined = sums.refined;
 }
