@@ -101,8 +101,8 @@ bool Attend::finish(Tile& tile, int q) {
         cache_.value_sketch(store_head(tile)).mean(size_t(tile.visible[q]), mask_row(tile, q), answer.stand_in)) {
         guess = std::min(total.omitted[0] * tile.likely[q] + total.left[0], omitted);
         const StandIn stand(guess, total.sketched[0], mass, double(kept) / double(tile.seen[q]));
-        const double of_coded = total.sketched[0] > 0 ? stand.of_coded / total.sketched[0] : 0.0;
-        for (int i = 0; i < dim; ++i) answer.stand_in[i] = stand.of_all * answer.stand_in[i] + of_coded * coded[i];
+        for (int i = 0; i < dim; ++i)
+            answer.stand_in[i] = stand.of_mean * guess * answer.stand_in[i] + stand.of_coded * coded[i];
     }
     for (int i = 0; i < dim; ++i) out[i] = float((double(exact[i]) + coded[i] + answer.stand_in[i]) / (mass + guess));
     result_.lse[place] =

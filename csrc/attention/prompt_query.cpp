@@ -91,7 +91,7 @@ void Prefill::own_block(Workspace& space, size_t i, int head) {
 void Prefill::finish_row(Workspace& space, size_t i, int head) {
     Row& row = space.rows[i];
     float* out = result_.out + row.place * size_t(value_dim_);
-    const float *exact = accumulator(space, i), *coded = coded_sum(space, i);
+    const float *full = accumulator(space, i), *coded = coded_sum(space, i);
     const double mass = row.mass;
     full_ += row.exact;
     sketched_ += row.sketched;
@@ -109,12 +109,10 @@ void Prefill::finish_row(Workspace& space, size_t i, int head) {
     }
     const double over = 1.0 / (mass + row.stand_in);
     const StandIn stand(row.stand_in, row.coded, mass, double(row.kept) / double(row.seen));
-    const double of_all = row.stand_in > 0 ? stand.of_all / row.stand_in : 0.0;
-    const double of_coded = row.coded > 0 ? stand.of_coded / row.coded : 0.0;
     float* stands = stand_in(space, i);
     for (int j = 0; j < value_dim_; ++j) {
-        stands[j] = float(of_all * stands[j] + of_coded * coded[j]);
-        out[j] = float((double(exact[j]) + coded[j] + stands[j]) * over);
+        stands[j] = float(stand.of_mean * stands[j] + stand.of_coded * coded[j]);
+        out[j] = float((double(full[j]) + coded[j] + stands[j]) * over);
     }
     result_.lse[row.place] =
         float(relu() ? std::log(mass) + settings_.power * std::log(row.top) : std::log(mass) + row.reference / kLog2e);

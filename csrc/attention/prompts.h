@@ -164,8 +164,8 @@ private:
     float* accumulator(Workspace& space, size_t i) const {
         return space.accumulators.data() + i * size_t(padded16(value_dim_));
     }
-    // Values from codes, and mean values in place of what was left out, are kept apart: finish_row makes one thing of
-    // both that stands in, and the certificate asks how far that is from the answer.
+    // Values from codes, and mean values in place of what was left out, are kept apart: finish_row mixes what stands in
+    // from both, and the certificate asks how far that is from the answer.
     float* coded_sum(Workspace& space, size_t i) const {
         return space.coded_sums.data() + i * size_t(padded16(value_dim_));
     }

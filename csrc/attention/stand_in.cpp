@@ -8,7 +8,7 @@ namespace {
 
 // A few coded keys do not speak for many that were left out.
 constexpr double kMostOfCoded = 0.5;
-// Between these a logit is taken for normally distributed.
+// Shares that a quantile is asked of are at least this far from 0 and 1.
 constexpr double kLeast = 1e-6;
 
 // The x below which a normally distributed number lies with probability p, within 3e-3: Abramowitz and Stegun, 26.2.22.
@@ -29,12 +29,12 @@ double likeness(double left_share, double kept) {
 
 }  // namespace
 
-StandIn::StandIn(double left, double coded, double mass, double kept) : of_all(left) {
+StandIn::StandIn(double left, double coded, double mass, double kept) {
     if (!(left > 0 && coded > 0)) return;
     const double left_share = std::clamp(left / (left + mass), kLeast, 0.5);
     const double like = std::clamp(likeness(left_share, std::clamp(kept, kLeast, 1 - kLeast)), -1.5, 0.6);
-    of_coded = std::clamp(like * left, -kMostOfCoded * coded, kMostOfCoded * coded);
-    of_all = left - of_coded;
+    of_coded = std::clamp(like * left / coded, -kMostOfCoded, kMostOfCoded);
+    of_mean = 1 - of_coded * coded / left;
 }
 
 }  // namespace hsr

@@ -4,10 +4,10 @@
 namespace hsr {
 
 // Keys of mass `coded` were kept from codes, `left` is the likely mass of those left out, `mass` that of all kept ones,
-// and `kept` their share of the keys in number. What was left out is given its mass at the mean of all values, but for
-// `of_coded` (which may be negative) at the mean of the values kept from codes.
+// and `kept` their share of the keys in number. What stands in for those left out is `of_mean` times `left` at the mean
+// of all values, and `of_coded` (which may be negative) times the sum of the values kept from codes.
 struct StandIn {
-    double of_all = 0, of_coded = 0;
+    double of_mean = 1, of_coded = 0;
     StandIn(double left, double coded, double mass, double kept);
 };
 
